@@ -1,0 +1,58 @@
+# make study   the main job in a fresh environment: PRESET=smoke|quick|full (quick is the default)
+# make test    the test suite;  make slow  the slow tests;  make lint, docs, bench, clean
+# On Linux without an NVIDIA GPU, TORCH_INDEX=https://download.pytorch.org/whl/cpu saves gigabytes of CUDA packages.
+PYTHON ?= python3
+PRESET ?= quick
+ARGS ?=
+TORCH_INDEX ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+INSTALL := $(PIP) install --quiet --constraint constraints.txt
+
+.PHONY: study test slow lint docs bench clean
+.DELETE_ON_ERROR:
+
+study: $(VENV)/.examples
+	$(BIN)/python -u examples/sodef_mnist.py --preset $(PRESET) $(ARGS)
+
+test: $(VENV)/.test
+	$(BIN)/python -m pytest -n 2 -m "not slow" $(ARGS)
+
+slow: $(VENV)/.test
+	$(BIN)/python -m pytest -n 2 -m slow --timeout 600 $(ARGS)
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy --strict odelayers
+	$(BIN)/lint-imports --no-cache
+
+docs: $(VENV)/.dev
+	$(BIN)/sphinx-build -q -W --keep-going -b html docs docs/_build/html
+
+bench: $(VENV)/.test
+	$(BIN)/python -u benchmarks/forward_backward.py
+	$(BIN)/python -u benchmarks/jacobians.py
+
+clean:
+	rm -rf $(VENV) build dist docs/_build .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# One stamp file per extra: what is installed already is not installed again until its files change.
+$(VENV)/.python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "odelayers needs Python 3.11 or newer, but $(PYTHON) is: $$($(PYTHON) --version 2>&1)."; \
+	  echo "Name a newer one: make PYTHON=python3.12 ..."; exit 1; }
+	$(PYTHON) -m venv --clear $(VENV)
+	touch $@
+
+# torch first and alone: without its pin an install may take gigabytes of other CUDA packages.
+$(VENV)/.torch: $(VENV)/.python constraints.txt
+	$(INSTALL) $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) torch
+	touch $@
+
+$(VENV)/.%: $(VENV)/.torch pyproject.toml
+	$(INSTALL) --editable '.[$*]'
+	touch $@

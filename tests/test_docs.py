@@ -1,0 +1,71 @@
+"""README, documentation pages and docstrings say nothing that does not run."""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+import pkgutil
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+import odelayers
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+MODULES = ["odelayers", *sorted(m.name for m in pkgutil.walk_packages(odelayers.__path__, "odelayers."))]
+OPTIONS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
+BLOCK = re.compile(r"^```(python|pycon)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+def _run(example: doctest.DocTest) -> str:
+    """Run a doctest; return what it says of its failures."""
+    said: list[str] = []
+    doctest.DocTestRunner(optionflags=OPTIONS).run(example, out=said.append)
+    return "".join(said)
+
+
+def run_page(text: str, name: str) -> str:
+    """Run a page's blocks in order in one namespace: `python` is executed, `pycon` is compared with its output."""
+    namespace: dict[str, object] = {"__name__": name}
+    for block in BLOCK.finditer(text):
+        kind, code = block.groups()
+        line = text[: block.start()].count("\n") + 1
+        if kind == "python":
+            exec(compile("\n" * line + code, name, "exec"), namespace)
+        elif said := _run(doctest.DocTest(doctest.DocTestParser().get_examples(code), namespace, name, name, line, code)):
+            return said
+    return ""
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+def test_every_code_block_of_a_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each Python block of README.md and docs/*.md runs, and prints what the page says it prints."""
+    monkeypatch.chdir(tmp_path)
+    said = run_page(page.read_text(), page.name)
+    assert not said, said
+
+
+def test_a_page_that_prints_something_else_is_caught() -> None:
+    """Control: a block with a wrong output and a block that raises are both seen."""
+    assert "Expected" in run_page("```pycon\n>>> 1 + 1\n3\n```\n", "wrong")
+    with pytest.raises(ZeroDivisionError):
+        run_page("```python\n1 / 0\n```\n", "raises")
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_docstring_examples_run(name: str) -> None:
+    """Every `>>>` of the library's docstrings prints what it says."""
+    for example in doctest.DocTestFinder(exclude_empty=True).find(importlib.import_module(name)):
+        torch.manual_seed(0)
+        said = _run(example)
+        assert not said, said
+
+
+def test_every_public_name_has_an_example() -> None:
+    """Each name in `odelayers.__all__` has a docstring with a doctest."""
+    public = [getattr(odelayers, name) for name in odelayers.__all__ if not name.startswith("__")]
+    bare = [item.__name__ for item in public if ">>>" not in (item.__doc__ or "")]
+    assert bare == []
