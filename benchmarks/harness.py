@@ -1,0 +1,102 @@
+"""What every benchmark shares: interleaved timing, the machine's description, and one table per file."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of a table: what ran, how long it took, how much it evaluated, and how wrong it was."""
+
+    case: str
+    name: str
+    ms: float
+    ratio: float  # the time of this row over the time of the first row of its case
+    nfe: int | None
+    error: float | None  # against a float64 reference
+
+
+def interleaved(runs: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
+    """The median milliseconds of each run; the runs take turns, so that a slow moment of the machine hits them all."""
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for turn in range(rounds + 2):  # two turns to warm up
+        for name, run in runs.items():
+            start = time.perf_counter()
+            run()
+            if turn >= 2:
+                times[name].append((time.perf_counter() - start) * 1e3)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def rows(case: str, medians: dict[str, float], nfe: dict[str, int], error: dict[str, float]) -> list[Row]:
+    """The lines of one case, with the times relative to its first run."""
+    base = next(iter(medians.values()))
+    return [Row(case, name, ms, ms / base, nfe.get(name), error.get(name)) for name, ms in medians.items()]
+
+
+def arguments(description: str) -> argparse.Namespace:
+    """The command line of every benchmark."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--rounds", type=int, default=31, help="turns that each run gets (default: 31)")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the table and the JSON")
+    return parser.parse_args()
+
+
+def machine() -> dict[str, Any]:
+    """What the numbers depend on: processor, threads, load and versions."""
+    cpu = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        cpu = next((line.split(":")[1].strip() for line in info.read_text().splitlines() if "model name" in line), cpu)
+    packages = ("odelayers", "torch", "torchdiffeq", "torchsde")
+    return {
+        "device": f"CPU: {cpu}, {os.cpu_count()} cores",
+        "threads": torch.get_num_threads(),
+        "load": round(os.getloadavg()[0], 2),
+        "python": platform.python_version(),
+        "versions": {name: version(name) for name in packages},
+    }
+
+
+def _cell(value: float | int | None, style: str) -> str:
+    return "-" if value is None else format(value, style)
+
+
+def publish(name: str, title: str, command: str, table: Sequence[Row], out: Path) -> None:
+    """Print the table and write it as Markdown and JSON."""
+    about = machine()
+    versions = ", ".join(f"{package} {number}" for package, number in about["versions"].items())
+    lines = [
+        f"# {title}",
+        "",
+        f"Command: `{command}`. Medians of interleaved runs in one process, {about['threads']} thread. "
+        f"{about['device']}; load {about['load']} at the end; Python {about['python']}, {versions}. "
+        "A ratio is the time of a row over that of the first row of its case.",
+        "",
+        "| case | run | ms | ratio | NFE | error |",
+        "| --- | --- | ---: | ---: | ---: | ---: |",
+    ]
+    for row in table:
+        cells = [row.case, row.name, f"{row.ms:.3g}", f"{row.ratio:.2f}", _cell(row.nfe, "d"), _cell(row.error, ".1e")]
+        lines.append(f"| {' | '.join(cells)} |")
+    text = "\n".join(lines) + "\n"
+    print(text)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / f"{name}.md").write_text(text)
+    record = {"title": title, "command": command, "machine": about, "rows": [asdict(row) for row in table]}
+    (out / f"{name}.json").write_text(json.dumps(record, indent=2) + "\n")
