@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from mnist import data
+from examples.mnist import data
 
 TINY = {  # four small files in MNIST's layout
     "train-images-idx3-ubyte": struct.pack(">IIII", 2051, 12, 28, 28) + bytes(i % 251 for i in range(12 * 784)),
