@@ -35,7 +35,9 @@ def run_page(text: str, name: str) -> str:
         line = text[: block.start()].count("\n") + 1
         if kind == "python":
             exec(compile("\n" * line + code, name, "exec"), namespace)
-        elif said := _run(doctest.DocTest(doctest.DocTestParser().get_examples(code), namespace, name, name, line, code)):
+        elif said := _run(
+            doctest.DocTest(doctest.DocTestParser().get_examples(code), namespace, name, name, line, code)
+        ):
             return said
     return ""
 
@@ -53,6 +55,49 @@ def test_a_page_that_prints_something_else_is_caught() -> None:
     assert "Expected" in run_page("```pycon\n>>> 1 + 1\n3\n```\n", "wrong")
     with pytest.raises(ZeroDivisionError):
         run_page("```python\n1 / 0\n```\n", "raises")
+
+
+def _legal_pairs(text: str) -> list[tuple[str, str, bool]]:
+    """The rows of the table of legal pairs in docs/gradients.md: solver, gradient, legal."""
+    lines = [line.strip("| ").split(" | ") for line in text.split("## Legal pairs")[1].splitlines() if line[:1] == "|"]
+    header, rows = [cell.strip("`") for cell in lines[0]], lines[2:]
+    return [
+        (row[0].strip("`"), gradient, {"yes": True, "no": False}[cell])
+        for row in rows
+        for gradient, cell in zip(header[1:], row[1:], strict=True)
+    ]
+
+
+def _solver(text: str) -> object:
+    """The solver that a cell such as `RK4` or `TorchSDE("euler")` names."""
+    name, _, method = text.partition("(")
+    kind = getattr(odelayers, name)
+    if method:
+        return kind(method.strip(')"'))
+    return kind() if name in ("Dopri5", "Tsit5") else kind(10)
+
+
+@pytest.mark.parametrize(
+    ("solver", "gradient", "legal"), _legal_pairs((ROOT / "docs" / "gradients.md").read_text()), ids=str
+)
+def test_the_table_of_legal_pairs_is_that_of_the_code(solver: str, gradient: str, legal: bool) -> None:
+    """Each cell of the table in docs/gradients.md is what the constructor of a block does."""
+    chosen, how = _solver(solver), getattr(odelayers, gradient)()
+
+    def build() -> torch.nn.Module:
+        if solver.startswith(("EulerMaruyama", "Milstein", "Stratonovich", "Reversible", "TorchSDE")):
+            calculus = "ito" if solver in ("EulerMaruyama", "Milstein", 'TorchSDE("euler")') else "stratonovich"
+            noise = "scalar" if solver == "Milstein" else "diagonal"
+            return odelayers.DropoutSDEBlock(
+                torch.tanh, p=0.1, solver=chosen, gradient=how, calculus=calculus, noise=noise, time=False
+            )
+        return odelayers.ODEBlock(torch.tanh, solver=chosen, gradient=how, time=False)
+
+    if legal:
+        build()
+    else:
+        with pytest.raises(ValueError, match=gradient):
+            build()
 
 
 @pytest.mark.parametrize("name", MODULES)
