@@ -181,26 +181,36 @@ def test_success_is_judged_on_the_model_not_on_its_surrogate(linear):
     assert (model(found).argmax(1) == labels).all()
 
 
-def test_expectation_over_draws_recovers_the_gradient_under_noise(curved):
-    """The mean gradient over many draws of additive noise nears the clean one; a single draw does not."""
+def noisy(model: nn.Module, sigma: float, draws: int, seed: int):
+    """The model under additive input noise, several draws at once."""
+    noise = torch.Generator().manual_seed(seed)
+    return lambda x: torch.stack([model(x + sigma * torch.randn(x.shape, generator=noise)) for _ in range(draws)])
+
+
+def test_the_mean_over_draws_recovers_the_gradient_under_noise(curved):
+    """The gradient averaged over 400 draws nears that of the expected loss (2,000 others); a single draw does not."""
     model, images, labels = curved
-    noise = torch.Generator().manual_seed(5)
-
-    def noisy(x):
-        return model(x + 0.5 * torch.randn(x.shape, generator=noise))
-
-    def smooth(x):  # the same expectation by a large fixed sample
-        shifts = 0.5 * torch.randn(2000, *SHAPE, generator=torch.Generator().manual_seed(6))
-        return torch.stack([model(x + shift) for shift in shifts])
-
-    exact, x = torch.zeros_like(images[:1]), images[:1].clone().requires_grad_()
-    losses = nn.functional.cross_entropy(smooth(x).squeeze(1), labels[:1].repeat(2000))
-    (exact,) = torch.autograd.grad(losses, x)
+    exact, _ = input_gradient(noisy(model, 0.5, 2000, seed=5), images, labels)
     errors = []
     for draws in (1, 400):
-        gradient, _ = input_gradient(noisy, images[:1], labels[:1], eot=draws)
+        gradient, _ = input_gradient(noisy(model, 0.5, draws, seed=6), images, labels)
         errors.append(((gradient - exact).norm() / exact.norm()).item())
     assert errors[1] < 0.15 < errors[0]
+
+
+def test_noise_stays_on_and_its_mean_margin_falls(curved):
+    """The attack sees the noise at every call, and what it returns has a larger mean margin over fresh draws."""
+    model, images, labels = curved
+    calls = []
+
+    def attacked(x, inner=noisy(model, 0.1, 8, seed=7)):
+        calls.append(len(x))
+        return inner(x)
+
+    found = perturb(attacked, images, labels, Threat("l2", 0.2), Attack("ce", steps=6), generator())
+    assert calls.count(len(images)) >= 7, "no sample is dropped for one bad draw"
+    judge = noisy(model, 0.1, 200, seed=8)
+    assert (margin(judge(found), labels).mean(0) > margin(judge(images), labels).mean(0)).all()
 
 
 def test_the_same_generator_gives_the_same_attack(curved):
@@ -227,6 +237,8 @@ def test_a_gradient_that_is_not_finite_is_an_error(curved):
     """An attack that cannot see a gradient must not report a robust model."""
     model, images, labels = curved
     with pytest.raises(RuntimeError, match="gradient of the ce loss is not finite"):
+        perturb(lambda x: model(x) + (x - x).flatten(1).sum(1, True).sqrt(), images, labels, Threat("l2", 1.0), Attack(), generator())
+    with pytest.raises(RuntimeError, match="logits are not finite"):
         perturb(lambda x: model(x) * float("nan"), images, labels, Threat("l2", 1.0), Attack(), generator())
 
 

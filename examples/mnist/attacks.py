@@ -1,7 +1,8 @@
 """Adversarial attacks on any model that maps images in [0, 1] to logits.
 
 The gradient may come from a surrogate of the model (`gradient_from`, as in BPDA: Athalye et al. 2018), but success is
-always judged on the model itself. A model that draws noise keeps drawing it: gradients average over `eot` draws.
+always judged on the model itself. A model that draws noise returns several draws at once, (draws, B, classes): losses,
+and so gradients, are averaged over them (expectation over transformation, EOT), and the noise stays on throughout.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import one_hot
 
 __all__ = ["Attack", "Model", "Threat", "fgsm", "input_gradient", "margin", "perturb", "project"]
 
@@ -48,25 +49,24 @@ class Attack:
     restarts: int = 1
     rate: float = 2.5
     random_start: bool = True
-    eot: int = 1
 
     def __post_init__(self) -> None:
         if self.loss not in LOSSES:
             raise ValueError(f"Attack.loss: expected one of {', '.join(map(repr, LOSSES))}, got {self.loss!r}")
-        for name in ("steps", "restarts", "eot"):
+        for name in ("steps", "restarts"):
             if getattr(self, name) < 1:
                 raise ValueError(f"Attack.{name}: expected an int >= 1, got {getattr(self, name)}")
 
 
 def margin(logits: Tensor, labels: Tensor) -> Tensor:
-    """Best wrong logit minus the right one, (B,): positive where the sample is misclassified."""
-    own = logits.gather(1, labels[:, None])
-    others = logits.scatter(1, labels[:, None], float("-inf"))
-    return others.amax(1) - own.squeeze(1)
+    """Best wrong logit minus the right one, (..., B): positive where the sample is misclassified."""
+    right = one_hot(labels, logits.shape[-1]).bool()
+    return logits.masked_fill(right, float("-inf")).amax(-1) - logits.masked_fill(~right, 0).sum(-1)
 
 
 def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    return cross_entropy(logits, labels, reduction="none")
+    wrong = ~one_hot(labels, logits.shape[-1]).bool()
+    return logits.logsumexp(-1) - logits.masked_fill(wrong, 0).sum(-1)
 
 
 LOSSES = {"ce": _cross_entropy, "margin": margin}
@@ -114,15 +114,31 @@ def _random_point(x: Tensor, threat: Threat, generator: torch.Generator) -> Tens
     return project(x + threat.eps * change, x, threat)
 
 
-def input_gradient(model: Model, x: Tensor, labels: Tensor, loss: str = "ce", eot: int = 1) -> tuple[Tensor, Tensor]:
-    """Gradient of the loss with respect to `x`, and the margin, both averaged over `eot` draws of the model's noise."""
-    copies = x.detach().repeat(eot, *[1] * (x.ndim - 1)).requires_grad_()
-    logits = model(copies)
-    repeated = labels.repeat(eot)
-    (gradient,) = torch.autograd.grad(LOSSES[loss](logits, repeated).sum(), copies)
+def input_gradient(model: Model, x: Tensor, labels: Tensor, loss: str = "ce") -> tuple[Tensor, Tensor]:
+    """Gradient of the loss with respect to `x`, and the margin (B,); means over the draws where there are several.
+
+    Raises:
+        RuntimeError: the gradient is not finite.
+    """
+    x = x.detach().requires_grad_()
+    logits = model(x)
+    (gradient,) = torch.autograd.grad(_over_draws(LOSSES[loss](logits, labels)).sum(), x)
     if not torch.isfinite(gradient).all():
-        raise RuntimeError(f"the gradient of the {loss} loss is not finite: this attack would prove nothing")
-    return gradient.reshape(eot, *x.shape).mean(0), margin(logits.detach(), repeated).reshape(eot, -1).mean(0)
+        raise RuntimeError(f"the gradient of the {loss} loss is not finite: an attack that uses it would prove nothing")
+    return gradient, _over_draws(margin(logits.detach(), labels))
+
+
+def _over_draws(values: Tensor) -> Tensor:
+    return values if values.ndim == 1 else values.mean(0)
+
+
+@torch.no_grad()
+def _judge(model: Model, x: Tensor, labels: Tensor) -> Tensor:
+    """The margin on the model itself, (B,), mean over its draws."""
+    logits = model(x)
+    if not torch.isfinite(logits).all():
+        raise RuntimeError("the model's logits are not finite: no attack on them would prove anything")
+    return _over_draws(margin(logits, labels))
 
 
 def perturb(
@@ -138,52 +154,41 @@ def perturb(
 ) -> Tensor:
     """Attack `model` at `images` (B, ...) in [0, 1]; returns the adversarial images, the best found per sample.
 
-    "Best" is the largest margin on `model` met on the way (mean over `eot` draws). Where the model is deterministic, a
-    sample that is misclassified is done. `tick` is called before each step. `gradient_from` replaces the model in gradients.
+    "Best" is the largest margin on `model` met on the way, the image itself included. A sample that is misclassified is
+    done, unless the model draws noise: then one bad draw proves little, and every sample is attacked to the end.
+    `gradient_from` stands in for the model in gradients. `tick` is called before each step.
 
     Raises:
-        RuntimeError: a gradient is not finite.
+        RuntimeError: a gradient or a logit is not finite.
     """
-    best, best_margin = images.clone(), torch.full(labels.shape, float("-inf"), device=images.device)
+    with torch.no_grad():
+        noisy = model(images[:1]).ndim == 3
+    best, best_margin = images.clone(), _judge(model, images, labels)
 
     def keep(rows: Tensor, x: Tensor, found: Tensor) -> None:
         better = found > best_margin[rows]
         best[rows[better]], best_margin[rows[better]] = x[better], found[better]
 
+    def undone(margins: Tensor) -> Tensor:
+        return torch.ones_like(margins, dtype=torch.bool) if noisy else margins <= 0
+
     step = attack.rate * threat.eps / attack.steps
     for restart in range(attack.restarts):
-        rows = _unbroken(best_margin, attack.eot)
-        if not len(rows):
-            break
+        rows = undone(best_margin).nonzero().squeeze(1)
         x = images[rows]
-        if attack.random_start or restart:
+        if len(rows) and (attack.random_start or restart):
             x = _random_point(x, threat, generator)
         for _ in range(attack.steps):
             if not len(rows):
                 break
             tick()
-            gradient, found = input_gradient(gradient_from or model, x, labels[rows], attack.loss, attack.eot)
+            gradient, found = input_gradient(gradient_from or model, x, labels[rows], attack.loss)
             if gradient_from is not None:
-                found = _judge(model, x, labels[rows], attack.eot)
+                found = _judge(model, x, labels[rows])
             keep(rows, x, found)
-            rows, x, gradient = _still(attack.eot, found, rows, x, gradient)
+            left = undone(found)
+            rows, x, gradient = rows[left], x[left], gradient[left]
             x = project(x + step * _ascent(gradient, threat.norm), images[rows], threat)
         if len(rows):
-            keep(rows, x, _judge(model, x, labels[rows], attack.eot))
+            keep(rows, x, _judge(model, x, labels[rows]))
     return best
-
-
-def _unbroken(margins: Tensor, eot: int) -> Tensor:
-    """Indices of the samples worth attacking: all under noise, else those not misclassified yet."""
-    return torch.arange(len(margins), device=margins.device) if eot > 1 else (margins <= 0).nonzero().squeeze(1)
-
-
-def _still(eot: int, found: Tensor, *batch: Tensor) -> tuple[Tensor, ...]:
-    keep = _unbroken(found, eot)
-    return tuple(item[keep] for item in batch)
-
-
-@torch.no_grad()
-def _judge(model: Model, x: Tensor, labels: Tensor, draws: int) -> Tensor:
-    """Mean margin on the model itself over `draws` draws of its noise, (B,)."""
-    return torch.stack([margin(model(x), labels) for _ in range(draws)]).mean(0)
