@@ -1,0 +1,192 @@
+"""Jacobians of a field at many points at once: one batched forward, one vectorised backward over the outputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from odelayers._checks import positive_int, state
+from odelayers._evaluator import Evaluator
+from odelayers._field import Field, training_batchnorm, training_dropout
+from odelayers._linalg import check_rows_finite
+
+__all__ = ["jacobian", "jvp", "value_and_jacobian"]
+
+
+def jacobian(
+    f: Callable[..., Tensor],
+    z: Tensor,
+    t: Tensor | float = 0.0,
+    *,
+    chunk_size: int | None = None,
+    verify: bool = False,
+) -> Tensor:
+    """Give the Jacobian of the field at every row of z, as (B, D, D) with D the number of coordinates of a row.
+
+    Entry [b, i, j] is the derivative of output i with respect to coordinate j of row b, both in the order of
+    `z.flatten(1)`. In grad mode it can be differentiated further, to the parameters of `f` and to z. It is found
+    without a loop over rows, so rows must not interact inside `f`.
+
+    A field that knows its Jacobian may say so: a method `f.jacobian(z)`, or `f.jacobian(t, z)` for a field that takes
+    the time, returning (B, D, D), is used instead of differentiation. It is passed over when a subclass replaces
+    `forward` alone or when forward hooks are registered, and `verify=True` compares it with the field.
+
+    Args:
+        f: field, `f(z)` or `f(t, z)`; its output has the shape of z.
+        z: points (B, ...), floating point.
+        t: time, a float or a tensor that broadcasts against z.
+        chunk_size: number of outputs differentiated at once; lower it to save memory.
+        verify: check the Jacobian along a random direction by an independent forward-mode derivative.
+
+    Returns:
+        The Jacobians (B, D, D), in the dtype and on the device of z.
+
+    Raises:
+        TypeError: z is not a floating-point tensor, or f does not return one.
+        ValueError: f returns another shape than z's, or contains a BatchNorm that uses batch statistics; z, f or the
+            Jacobian is not finite (rows named); `verify` found rows that interact, or a wrong `f.jacobian`.
+
+    >>> jacobian(lambda z: z**2, torch.tensor([[1.0, 3.0]])).tolist()
+    [[[2.0, 0.0], [0.0, 6.0]]]
+    """
+    field = Field.of(f)
+    _, J = value_and_jacobian(field, z, t, chunk_size=chunk_size)
+    if verify:
+        _verify(field, z, t, J)
+    return J
+
+
+def value_and_jacobian(
+    f: Callable[..., Tensor], z: Tensor, t: Tensor | float = 0.0, *, chunk_size: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """Give f(t, z), shaped like z, and the Jacobian (B, D, D), from one evaluation of the field."""
+    field = Field.of(f)
+    z = state(z, "jacobian")
+    if chunk_size is not None:
+        positive_int(chunk_size, "jacobian: chunk_size")
+    culprit = training_batchnorm(field.f)
+    if culprit is not None:
+        raise ValueError(
+            f"jacobian: field {field.name} contains {culprit} with batch statistics, through which the rows of z "
+            f"interact; use GroupNorm instead, or call .eval() on the field first"
+        )
+    hook = _closed_form(field)
+    if hook is None:
+        out, J = _differentiate(field, z, t, chunk_size)
+    else:
+        out, J = Evaluator(field, len(z))(t, z), hook(t, z)
+        expected = (z.shape[0], z.shape[1:].numel(), z.shape[1:].numel())
+        if J.shape != expected:
+            raise ValueError(f"jacobian: {field.name}.jacobian: expected shape {expected}, got {tuple(J.shape)}")
+    if not bool((out.detach().sum() + J.detach().sum()).isfinite()):
+        check_rows_finite(z, "jacobian: z")
+        check_rows_finite(out, f"jacobian: field {field.name}: f(z)")
+        check_rows_finite(J, f"jacobian: field {field.name}: J")
+    return out, J
+
+
+def jvp(f: Callable[..., Tensor], z: Tensor, v: Tensor, t: Tensor | float = 0.0) -> Tensor:
+    """Give the derivative of the field at z along v, J v, shaped like z, at about the cost of two evaluations.
+
+    Args:
+        f: field, `f(z)` or `f(t, z)`.
+        z: points (B, ...), floating point.
+        v: directions, shaped like z.
+        t: time.
+
+    Raises:
+        TypeError: z is not a floating-point tensor.
+        ValueError: v or f(z) has another shape than z.
+
+    >>> jvp(lambda z: z**2, torch.tensor([[1.0, 3.0]]), torch.tensor([[1.0, -1.0]])).tolist()
+    [[2.0, -6.0]]
+    """
+    field = Field.of(f)
+    z = state(z, "jvp")
+    if v.shape != z.shape:
+        raise ValueError(f"jvp: expected v of the shape of z, {tuple(z.shape)}, got {tuple(v.shape)}")
+    derivative: Tensor = torch.func.jvp(lambda x: Evaluator(field, len(z))(t, x), (z,), (v.to(z.dtype),))[1]
+    return derivative
+
+
+def _differentiate(field: Field, z: Tensor, t: Tensor | float, chunk_size: int | None) -> tuple[Tensor, Tensor]:
+    further = torch.is_grad_enabled()
+    with torch.inference_mode(False), torch.enable_grad():
+        x = z if further and z.requires_grad else (z.clone() if z.is_inference() else z.detach()).requires_grad_()
+        out = Evaluator(field, len(z))(t, x)
+        further = further and (z.requires_grad or _has_other_leaf(out, x))
+        basis = torch.eye(z.shape[1:].numel(), dtype=out.dtype, device=z.device).view(-1, 1, *z.shape[1:])
+        columns = []
+        for chunk in torch.split(basis, chunk_size or len(basis)) if out.requires_grad and len(z) else ():
+            # Row b of the output depends on row b of z alone, so one vector serves the whole batch.
+            grad_outputs = chunk.expand(-1, *z.shape)
+            (gradient,) = torch.autograd.grad(
+                out, x, grad_outputs, is_grads_batched=True, create_graph=further, retain_graph=True, allow_unused=True
+            )
+            columns.append(z.new_zeros(grad_outputs.shape) if gradient is None else gradient)
+        if not columns:
+            columns = [z.new_zeros((len(basis), *z.shape))]
+        J = torch.cat(columns).flatten(2).transpose(0, 1)
+    return (out if further else out.detach()), J
+
+
+def _has_other_leaf(out: Tensor, x: Tensor) -> bool:
+    """Say whether `out` depends on a tensor that requires a gradient other than x: a parameter, a context, a time."""
+    seen, stack = set(), [out.grad_fn]
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        leaf = getattr(node, "variable", None)
+        if leaf is not None and leaf is not x:
+            return True
+        stack.extend(parent for parent, _ in node.next_functions)
+    return False
+
+
+def _closed_form(field: Field) -> Field | None:
+    """The field's own Jacobian, called as (t, z), if it has one that speaks of the forward that will run."""
+    f = field.f
+    own = getattr(f, "jacobian", None)
+    if not callable(own):
+        return None
+    if isinstance(f, nn.Module):
+        if f._forward_hooks or f._forward_pre_hooks or "forward" in vars(f):
+            return None
+        nearest = next(c for c in type(f).__mro__ if "forward" in vars(c) or "jacobian" in vars(c))
+        if "jacobian" not in vars(nearest):
+            return None
+    return Field(own, field.takes_time, field.context)
+
+
+def _verify(field: Field, z: Tensor, t: Tensor | float, J: Tensor) -> None:
+    """Compare J v with a forward-mode derivative along a random v, which sees all rows at once."""
+    dropout = training_dropout(field.f)
+    if dropout is not None:
+        raise ValueError(
+            f"jacobian: verify=True compares two evaluations of field {field.name}, and its {dropout} draws a new "
+            f"mask at each; call .eval() on the field first"
+        )
+    with torch.no_grad():
+        v = torch.randn(z.shape, generator=torch.Generator().manual_seed(0), dtype=z.dtype).to(z.device)
+        expected = jvp(field, z.detach(), v, t)
+        bad = _disagreeing_rows(J, v, expected)
+        if not bad:
+            return
+        hook = _closed_form(field) is not None
+        if hook and not _disagreeing_rows(_differentiate(field, z, t, None)[1], v, expected):
+            raise ValueError(f"jacobian: {field.name}.jacobian is not the derivative of the field at rows {bad} of z")
+    raise ValueError(
+        f"jacobian: rows of z interact inside field {field.name}: f at rows {bad} changes with other rows; look for "
+        f"batch statistics, a mean or softmax over axis 0 or a reshape that mixes the batch axis with others"
+    )
+
+
+def _disagreeing_rows(J: Tensor, v: Tensor, expected: Tensor) -> list[int]:
+    found, expected = (J @ v.flatten(1).unsqueeze(-1)).squeeze(-1), expected.flatten(1)
+    tolerance = torch.finfo(J.dtype).eps ** 0.5 * (found.norm(dim=1) + expected.norm(dim=1))
+    rows: list[int] = ((found - expected).norm(dim=1) > tolerance).nonzero().flatten().tolist()
+    return rows

@@ -1,0 +1,135 @@
+"""Batched spectra of matrices and the bounds on them: Gershgorin discs, logarithmic norms, spectral abscissa."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from odelayers._checks import half_precision, one_of
+
+__all__ = ["check_rows_finite", "eigenvalues", "gershgorin", "log_norm", "spectral_abscissa"]
+
+_AXES = ("row", "column")
+
+
+def gershgorin(J: Tensor, axis: str = "row") -> tuple[Tensor, Tensor]:
+    """Give the centres and radii of the Gershgorin discs of each matrix, which together hold all its eigenvalues.
+
+    Args:
+        J: real or complex matrices (..., n, n); half precision is computed in float32.
+        axis: `"row"` sums |J_ij| over j != i, `"column"` over i != j.
+
+    Returns:
+        centres (..., n), the diagonal (complex for a complex J), and radii (..., n), real.
+
+    Raises:
+        TypeError: J is not a floating-point or complex tensor.
+        ValueError: J is not square, or `axis` is unknown.
+
+    Source: Gershgorin (1931). The largest Re J_ii + R_i is `log_norm(J, math.inf)` for rows and `log_norm(J, 1)` for
+    columns, and bounds the spectral abscissa from above.
+
+    >>> centres, radii = gershgorin(torch.tensor([[[-3.0, 1.0], [0.5, -2.0]]]))
+    >>> centres.tolist(), radii.tolist()
+    ([[-3.0, -2.0]], [[1.0, 0.5]])
+    """
+    J = _square(J, "gershgorin")
+    one_of(axis, "gershgorin: axis", _AXES)
+    # The diagonal is masked, not subtracted: |J_ii| may be far larger than the radius and would round it away.
+    on_diagonal = torch.eye(J.shape[-1], dtype=torch.bool, device=J.device)
+    radii = J.abs().masked_fill(on_diagonal, 0.0).sum(-1 if axis == "row" else -2)
+    return J.diagonal(dim1=-2, dim2=-1), radii
+
+
+def log_norm(J: Tensor, p: float) -> Tensor:
+    """Give the logarithmic norm mu_p of each matrix: ||e^{Jt}||_p <= e^{mu_p t} for t >= 0, sharp as t falls to 0.
+
+    Args:
+        J: real or complex matrices (..., n, n); half precision is computed in float32.
+        p: 1 (columns), 2 (largest eigenvalue of the Hermitian part) or `math.inf` (rows).
+
+    Returns:
+        mu_p (...), real. It may be negative, and bounds the spectral abscissa from above.
+
+    Raises:
+        TypeError: J is not a floating-point or complex tensor.
+        ValueError: J is not square or not finite (rows named), or `p` is none of 1, 2, inf.
+
+    Source: Dahlquist (1958), Lozinskii (1958).
+
+    >>> J = torch.tensor([[[-1.0, 4.0], [0.0, -1.0]]])
+    >>> [log_norm(J, p).item() for p in (1, 2, math.inf)]
+    [3.0, 1.0, 3.0]
+    """
+    if p not in (1, 2, math.inf):
+        raise ValueError(f"log_norm: expected p as 1, 2 or math.inf, got {p!r}")
+    J = _square(J, "log_norm")
+    _check_finite(J, "log_norm")
+    if p == 2:
+        symmetric: Tensor = torch.linalg.eigvalsh((J + J.mH) / 2)
+        return symmetric[..., -1]
+    centres, radii = gershgorin(J, "row" if p == math.inf else "column")
+    return (centres.real + radii).amax(-1)
+
+
+def spectral_abscissa(J: Tensor, method: str = "eig") -> Tensor:
+    """Give the largest real part of the eigenvalues of each matrix.
+
+    z' = Jz tends to 0 from every start exactly when it is negative.
+
+    Args:
+        J: real or complex matrices (..., n, n); half precision is computed in float32.
+        method: `"eig"`, all eigenvalues by LAPACK.
+
+    Returns:
+        The spectral abscissa (...), real, with the rounding of the eigenvalues.
+
+    Raises:
+        TypeError: J is not a floating-point or complex tensor.
+        ValueError: J is not square or not finite (rows named), or `method` is unknown.
+
+    >>> spectral_abscissa(torch.tensor([[[-1.0, 100.0], [0.0, -2.0]]])).item()
+    -1.0
+    """
+    one_of(method, "spectral_abscissa: method", ("eig",))
+    return eigenvalues(J, "spectral_abscissa").real.amax(-1)
+
+
+def eigenvalues(J: Tensor, where: str) -> Tensor:
+    """Give all eigenvalues (..., n), complex, in no particular order."""
+    J = _square(J, where)
+    _check_finite(J, where)
+    values: Tensor = torch.linalg.eigvals(J)
+    return values
+
+
+def check_rows_finite(x: Tensor, where: str) -> None:
+    """Raise ValueError naming the rows of `x`, its entries along the first axis, that hold NaN or inf."""
+    finite = x.isfinite()
+    if bool(finite.all()):
+        return
+    bad = (~finite.flatten(1).all(1)).nonzero().flatten().tolist()
+    rows = ", ".join(map(str, bad[:10])) + (", ..." if len(bad) > 10 else "")
+    raise ValueError(
+        f"{where}: expected finite numbers, got NaN or inf in {len(bad)} of {len(x)} rows ({rows}); "
+        f"leave these rows out, or look for what overflows there"
+    )
+
+
+def _check_finite(J: Tensor, where: str) -> None:
+    """Keep NaN and inf from LAPACK: `eigvals` of such a matrix can kill the process."""
+    check_rows_finite(J.reshape(-1, J.shape[-2] * J.shape[-1]), f"{where}: J")
+
+
+def _square(J: Any, where: str) -> Tensor:
+    """Return J as square matrices in a precision that LAPACK knows."""
+    if not isinstance(J, Tensor):
+        raise TypeError(f"{where}: expected a Tensor (..., n, n), got {type(J).__name__}")
+    if not (J.is_floating_point() or J.is_complex()):
+        raise TypeError(f"{where}: expected floating-point or complex matrices, got {J.dtype}; pass J.double()")
+    if J.ndim < 2 or J.shape[-1] != J.shape[-2] or J.shape[-1] == 0:
+        raise ValueError(f"{where}: expected square matrices (..., n, n) with n >= 1, got shape {tuple(J.shape)}")
+    return J.float() if J.dtype in half_precision else J

@@ -1,0 +1,294 @@
+"""Penalties that push a field towards stability (pointwise) or its trajectories towards rest (along a solve)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from odelayers._checks import finite_number, half_precision, one_of, positive_int, positive_number, state
+from odelayers._evaluator import Evaluator
+from odelayers._field import Field
+from odelayers._jacobian import jacobian, value_and_jacobian
+from odelayers._linalg import gershgorin
+
+__all__ = [
+    "JacobianRegularizer",
+    "KineticRegularizer",
+    "LyaNetRegularizer",
+    "LyapunovRegularizer",
+    "LyapunovTerms",
+    "SteadyStateRegularizer",
+]
+
+
+class LyapunovTerms(NamedTuple):
+    """The three terms of a `LyapunovRegularizer` before they are weighted, each a 0-d tensor."""
+
+    field: Tensor
+    diagonal: Tensor
+    dominance: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class LyapunovRegularizer:
+    """SODEF's penalty for points that are not near a Lyapunov-stable equilibrium of the field.
+
+    With J the Jacobian at a point and R_i the sum of |J_ij| (`axis="row"`) or |J_ji| (`"column"`) over j != i, it is
+
+        field * mean (field_scale f_i)^2
+        + diagonal * mean exp(diagonal_scale (J_ii + diagonal_margin))
+        + dominance * mean exp(dominance_scale (R_i - |J_ii| + dominance_margin)),
+
+    means over points and coordinates: the penalty form of the constraints (1) f = 0, (2) J_ii < 0 and (3) |J_ii| > R_i
+    of the paper's eq. 4. Where (2) and (3) hold at a point, Gershgorin's theorem puts all eigenvalues of J in the left
+    half plane; a small mean does not make them hold at every point: see `check_stability`.
+
+    Beyond the argument a = log(largest number) / 4 (22 in float32) the exponential goes on as its tangent,
+    e^a (1 + x - a), so that neither it nor the square of its gradient overflows. Half precision is computed in float32.
+
+    Args:
+        field: weight of the first term, >= 0; so are `diagonal` and `dominance` of theirs.
+        field_scale: factor on f, > 0; so are `diagonal_scale` and `dominance_scale` in their exponents.
+        diagonal_margin: how far below 0 the diagonal is wanted, in units of J.
+        dominance_margin: by how much |J_ii| is wanted above R_i, in units of J.
+        axis: `"row"` as in the paper's theorem 4, or `"column"`; both imply stability.
+        samples: number of rows of z, drawn anew at each call, at which Jacobians are taken; all when None.
+
+    Raises:
+        TypeError, ValueError: an argument is of the wrong kind or outside its range.
+
+    Source: Kang, Song, Ding, Tay, "Stable neural ODE with Lyapunov-stable equilibrium points" (NeurIPS 2021), eq. 4.
+
+    >>> regularizer = LyapunovRegularizer(field=1.0, diagonal=0.5, dominance=0.5)
+    >>> round(regularizer(lambda z: -z, torch.zeros(8, 3)).item(), 5) == round(math.exp(-1), 5)
+    True
+    """
+
+    field: float = 1.0
+    diagonal: float = 1.0
+    dominance: float = 1.0
+    field_scale: float = 1.0
+    diagonal_scale: float = 1.0
+    dominance_scale: float = 1.0
+    diagonal_margin: float = 0.0
+    dominance_margin: float = 0.0
+    axis: str = "row"
+    samples: int | None = None
+
+    def __post_init__(self) -> None:
+        """Check every number, so that a typing error does not train a model for hours."""
+        for name in ("field", "diagonal", "dominance"):
+            if finite_number(getattr(self, name), f"LyapunovRegularizer: {name}") < 0:
+                raise ValueError(f"LyapunovRegularizer: {name}: expected a weight >= 0, got {getattr(self, name)}")
+            positive_number(getattr(self, f"{name}_scale"), f"LyapunovRegularizer: {name}_scale")
+        finite_number(self.diagonal_margin, "LyapunovRegularizer: diagonal_margin")
+        finite_number(self.dominance_margin, "LyapunovRegularizer: dominance_margin")
+        one_of(self.axis, "LyapunovRegularizer: axis", ("row", "column"))
+        if self.samples is not None:
+            positive_int(self.samples, "LyapunovRegularizer: samples")
+
+    @classmethod
+    def sodef_mnist(cls) -> LyapunovRegularizer:
+        """Give the constants of SODEF's official MNIST code (phase 2), which sums over columns.
+
+        >>> LyapunovRegularizer.sodef_mnist().axis
+        'column'
+        """
+        return cls(
+            field=0.2,
+            diagonal=10.0,
+            dominance=10.0,
+            field_scale=50.0,
+            dominance_scale=0.1,
+            diagonal_margin=1.0,
+            dominance_margin=1.0,
+            axis="column",
+            samples=8,
+        )
+
+    def __call__(
+        self, f: Callable[..., Tensor], z: Tensor, t: Tensor | float = 0.0, *, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """Give the weighted sum of the terms, a 0-d tensor; arguments and errors as `terms`."""
+        terms = self.terms(f, z, t, generator=generator)
+        return self.field * terms.field + self.diagonal * terms.diagonal + self.dominance * terms.dominance
+
+    def terms(
+        self, f: Callable[..., Tensor], z: Tensor, t: Tensor | float = 0.0, *, generator: torch.Generator | None = None
+    ) -> LyapunovTerms:
+        """Give the three terms, not weighted.
+
+        Args:
+            f: field, `f(z)` or `f(t, z)`.
+            z: points (B, ...), floating point, B >= 1.
+            t: time, a float or a 0-d tensor.
+            generator: source of the rows drawn for `samples`; torch's global one when None.
+
+        Raises:
+            TypeError: z is not a floating-point tensor.
+            ValueError: z is empty, and what `jacobian` raises.
+        """
+        field, z = Field.of(f), state(z, "LyapunovRegularizer")
+        if z.numel() == 0:
+            raise ValueError(f"LyapunovRegularizer: expected at least one point, got z of shape {tuple(z.shape)}")
+        if self.samples is None or self.samples >= len(z):
+            velocity, J = value_and_jacobian(field, z, t)
+        else:
+            device = z.device if generator is None else generator.device
+            rows = torch.randperm(len(z), generator=generator, device=device)[: self.samples].to(z.device)
+            velocity, J = Evaluator(field, len(z))(t, z), jacobian(field.take(rows, len(z)), z[rows], t)
+        velocity, J = _at_least_float32(velocity), _at_least_float32(J)
+        centres, radii = gershgorin(J, self.axis)
+        return LyapunovTerms(
+            field=(self.field_scale * velocity).square().mean(),
+            diagonal=_tame_exp(self.diagonal_scale * (centres + self.diagonal_margin)).mean(),
+            dominance=_tame_exp(self.dominance_scale * (radii - centres.abs() + self.dominance_margin)).mean(),
+        )
+
+
+@dataclass(frozen=True)
+class SteadyStateRegularizer:
+    """TisODE's steady-state penalty along a solve: the integral of |f(t, z)|, Euclidean over the coordinates of a row.
+
+    Hand it to the solve that goes on after the end time:
+
+        z = block(x)                                                  # t0 to t1
+        rest = block.solve(z, t1=..., running=[SteadyStateRegularizer()])
+        loss = cross_entropy(head(z), y) + 0.01 * rest.running[0].mean()
+
+    Divide by the length of that solve for the mean of |f| over it.
+
+    Source: Yan, Du, Tan, Feng, "On robustness of neural ordinary differential equations" (ICLR 2020), section 4.
+    """
+
+    needs_jacobian: ClassVar[bool] = False
+
+    def rate(self, t: Tensor | float, z: Tensor, dz: Tensor, probe: Tensor) -> Tensor:
+        """Give |dz| of each row, (B,).
+
+        >>> SteadyStateRegularizer().rate(0.0, torch.zeros(1, 2), torch.tensor([[3.0, 4.0]]), torch.zeros(1, 2))
+        tensor([5.])
+        """
+        speed: Tensor = torch.linalg.vector_norm(dz.flatten(1), dim=1)
+        return speed
+
+
+@dataclass(frozen=True)
+class KineticRegularizer:
+    """The kinetic energy of a trajectory: the integral of |f(t, z)|^2 / D, D the number of coordinates of a row.
+
+    The division by D keeps its weight meaningful when the size of the state changes.
+
+    Source: Finlay, Jacobsen, Nurbekyan, Oberman, "How to train your neural ODE" (ICML 2020), section 4 (there without
+    the division).
+    """
+
+    needs_jacobian: ClassVar[bool] = False
+
+    def rate(self, t: Tensor | float, z: Tensor, dz: Tensor, probe: Tensor) -> Tensor:
+        """Give the mean of dz^2 over each row, (B,).
+
+        >>> KineticRegularizer().rate(0.0, torch.zeros(1, 2), torch.tensor([[3.0, 4.0]]), torch.zeros(1, 2))
+        tensor([12.5000])
+        """
+        return dz.flatten(1).square().mean(1)
+
+
+@dataclass(frozen=True)
+class JacobianRegularizer:
+    """The size of the Jacobian along a trajectory: the integral of |e' J|^2 / D, e standard normal, fixed for a solve.
+
+    Its mean over e is the squared Frobenius norm of J over D, the number of coordinates of a row.
+
+    Source: Finlay, Jacobsen, Nurbekyan, Oberman, "How to train your neural ODE" (ICML 2020), section 4 (there without
+    the division).
+    """
+
+    needs_jacobian: ClassVar[bool] = True
+
+    def rate(self, t: Tensor | float, z: Tensor, dz: Tensor, probe: Tensor) -> Tensor:
+        """Give the mean of (probe' J)^2 over each row, (B,).
+
+        Raises:
+            ValueError: z does not require a gradient.
+
+        >>> z = torch.zeros(1, 2, requires_grad=True)
+        >>> JacobianRegularizer().rate(0.0, z, 3 * z, torch.tensor([[1.0, 2.0]])).item()
+        22.5
+        """
+        if not z.requires_grad:
+            raise ValueError("JacobianRegularizer: rate: expected a state z that requires a gradient")
+        gradient = None
+        if dz.requires_grad:
+            (gradient,) = torch.autograd.grad(dz, z, probe, create_graph=True, allow_unused=True)
+        # A field that does not depend on z has the Jacobian 0.
+        return dz.new_zeros(len(dz)) if gradient is None else gradient.flatten(1).square().mean(1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LyaNetRegularizer:
+    """LyaNet's pointwise penalty, the mean of relu(V' + kappa V), with V the cross-entropy of head(z) as potential.
+
+    V' = grad V . f is the rate at which the loss changes along the flow. Where the penalty is 0 along a solution, the
+    loss falls at least like e^(-kappa t).
+
+    Args:
+        kappa: wanted rate, > 0, in units of 1/time.
+
+    Raises:
+        TypeError, ValueError: `kappa` is not a number > 0.
+
+    Source: Rodriguez, Ames, Yue, "LyaNet: a Lyapunov framework for training neural ODEs" (ICML 2022).
+    """
+
+    kappa: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Check the rate."""
+        positive_number(self.kappa, "LyaNetRegularizer: kappa")
+
+    def __call__(
+        self, f: Callable[..., Tensor], z: Tensor, y: Tensor, head: Callable[[Tensor], Tensor], t: Tensor | float = 0.0
+    ) -> Tensor:
+        """Give the penalty, a 0-d tensor.
+
+        Args:
+            f: field, `f(z)` or `f(t, z)`.
+            z: points (B, ...), floating point.
+            y: classes (B,), integer, or class probabilities (B, classes).
+            head: gives scores (B, classes) at states; its rows must not interact.
+            t: time.
+
+        Raises:
+            TypeError: z is not a floating-point tensor.
+            ValueError: f returns another shape than z's.
+
+        >>> z, y = torch.zeros(1, 2), torch.tensor([0])
+        >>> round(LyaNetRegularizer(kappa=2.0)(lambda z: -z, z, y, lambda z: z).item(), 4)
+        1.3863
+        """
+        z = state(z, "LyaNetRegularizer")
+        further = torch.is_grad_enabled()
+        with torch.enable_grad():
+            x = z if further and z.requires_grad else z.detach().requires_grad_()
+            potential = F.cross_entropy(head(x), y, reduction="none")
+            (gradient,) = torch.autograd.grad(potential.sum(), x, create_graph=further)
+        velocity = Evaluator(Field.of(f), len(z))(t, z)
+        decay = (gradient * velocity).flatten(1).sum(1)
+        return F.relu(decay + self.kappa * (potential if further else potential.detach())).mean()
+
+
+def _at_least_float32(x: Tensor) -> Tensor:
+    return x.float() if x.dtype in half_precision else x
+
+
+def _tame_exp(x: Tensor) -> Tensor:
+    """The exponential up to log(largest number) / 4, its tangent beyond."""
+    bend = math.log(torch.finfo(x.dtype).max) / 4
+    return torch.exp(x.clamp(max=bend)) * (1 + (x - bend).clamp(min=0))
