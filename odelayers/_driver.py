@@ -1,0 +1,217 @@
+"""A driver: what multiplies the field over one step: `dt`, or `dt + sigma dW`, or `dt` beside `g dW`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from odelayers._checks import finite_number
+from odelayers._evaluator import Evaluator
+
+__all__ = ["Brownian", "Clock", "Diffusion", "Driver", "NoisyClock", "Uniform"]
+
+Time = Tensor | float
+Evaluate = Callable[[Time, Tensor], Tensor]
+Terms = tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class Uniform:
+    """An end time drawn uniformly from [a, b] at every call in training, and their mean in evaluation.
+
+    One draw serves the whole batch. Source: the random end times of the blog post on equilibria (a = 10, b = 100).
+
+    Raises:
+        TypeError, ValueError: if a or b is not a finite number, or a >= b.
+
+    Example:
+        >>> Uniform(10, 100).mean
+        55.0
+    """
+
+    a: float
+    b: float
+
+    def __post_init__(self) -> None:
+        if not finite_number(self.a, "Uniform: a") < finite_number(self.b, "Uniform: b"):
+            raise ValueError(f"Uniform: expected a < b, got a={self.a}, b={self.b}")
+
+    @property
+    def mean(self) -> float:
+        """The end time used in evaluation."""
+        return (self.a + self.b) / 2
+
+    def draw(self, generator: torch.Generator | None = None) -> float:
+        """One end time, from `generator` or torch's global one."""
+        device = generator.device if generator is not None else "cpu"
+        return self.a + (self.b - self.a) * torch.rand((), generator=generator, device=device).item()
+
+
+@dataclass(frozen=True)
+class Clock:
+    """`dt`: the solver's time s is the field's time, or t = start + rate s where the end time is a tensor.
+
+    With a rate the solver runs over s in [0, 1]: per-sample and differentiable end times are then ordinary factors of
+    the field, and their gradient is that of the steps taken. `start` and `rate` broadcast against the state.
+    """
+
+    start: Tensor | float = 0.0
+    rate: Tensor | None = None
+
+    def time(self, s: Time) -> Time:
+        """The field's time at the solver's time s."""
+        return s if self.rate is None else self.start + self.rate * s
+
+    def dt(self, h: float) -> Tensor | float:
+        """The field's time that passes in a step of length h."""
+        return h if self.rate is None else h * self.rate
+
+    def take(self, rows: Tensor) -> Clock:
+        """The same clock for these rows of the batch alone."""
+        if self.rate is None or self.rate.ndim == 0:
+            return self
+        return replace(self, rate=self.rate[rows])
+
+    def terms(self, f: Evaluate, s: Time, z: Tensor) -> Terms:
+        """What this driver needs of the field at (s, z); one evaluation."""
+        dz = f(self.time(s), z)
+        return (dz if self.rate is None else self.rate * dz,)
+
+    def advance(self, z: Tensor, terms: Terms, h: float, dw: Any) -> Tensor:
+        """z plus the increment of one step of length h."""
+        return torch.add(z, terms[0], alpha=h)
+
+    def noise_coefficient(self, f: Evaluate, s: Time, z: Tensor) -> Tensor:
+        """G(s, z) = 0: a clock carries no noise."""
+        return torch.zeros_like(z)
+
+    @property
+    def clock(self) -> Clock:
+        """The clock of a noisy driver; its own self here."""
+        return self
+
+    @property
+    def noise(self) -> Brownian | None:
+        """The noise source; a clock has none."""
+        return None
+
+    @property
+    def calculus(self) -> str:
+        """How the noise is read; without noise both readings agree."""
+        return "ito"
+
+
+@dataclass(frozen=True)
+class Brownian:
+    """Brownian increments over the steps of a fixed grid, given or drawn, each by its index alone.
+
+    A step's increment is drawn from a generator seeded for that step, so it can be drawn again (checkpointing) and a
+    row keeps its noise when other rows are left out: the whole batch is drawn and `rows` picks from it.
+    """
+
+    kind: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+    seeds: tuple[int, ...] = ()
+    given: Tensor | None = None
+    rate: Tensor | None = None
+    rows: Tensor | None = None
+
+    def increment(self, index: int, h: float) -> Tensor:
+        """The increment dW of step `index`, of length h in the solver's time."""
+        if self.given is not None:
+            return self.given[index]
+        generator = torch.Generator(self.device).manual_seed(self.seeds[index])
+        dw = torch.randn(self.shape, generator=generator, dtype=self.dtype, device=self.device).mul_(abs(h) ** 0.5)
+        dw = dw if self.rows is None else dw[self.rows]
+        return dw if self.rate is None else dw * self.rate.sqrt()
+
+    def take(self, rows: Tensor) -> Brownian:
+        """The same noise for these rows of the batch alone."""
+        return replace(
+            self,
+            given=None if self.given is None else self.given[:, rows],
+            rate=self.rate if self.rate is None or self.rate.ndim == 0 else self.rate[rows],
+            rows=rows if self.rows is None else self.rows[rows],
+        )
+
+
+@dataclass(frozen=True)
+class NoisyClock:
+    """`dt + sigma dW` times the same field: dz = f (dt + sigma dW), one evaluation of f a step."""
+
+    clock: Clock
+    noise: Brownian
+    sigma: float
+    calculus: str = "ito"
+
+    def time(self, s: Time) -> Time:
+        """The field's time at the solver's time s."""
+        return self.clock.time(s)
+
+    def take(self, rows: Tensor) -> NoisyClock:
+        """The same driver for these rows of the batch alone."""
+        return replace(self, clock=self.clock.take(rows), noise=self.noise.take(rows))
+
+    def terms(self, f: Evaluate, s: Time, z: Tensor) -> Terms:
+        """The field alone, which also carries the noise."""
+        return (f(self.time(s), z),)
+
+    def advance(self, z: Tensor, terms: Terms, h: float, dw: Any) -> Tensor:
+        """z + f (h + sigma dW)."""
+        return z + terms[0] * (self.clock.dt(h) + self.sigma * dw)
+
+    def noise_coefficient(self, f: Evaluate, s: Time, z: Tensor) -> Tensor:
+        """G(s, z) = sigma f(s, z)."""
+        return self.sigma * f(self.time(s), z)
+
+
+@dataclass(frozen=True)
+class Diffusion:
+    """`dt` for the field beside `dW` for a diffusion of its own: dz = f dt + g dW."""
+
+    clock: Clock
+    noise: Brownian
+    g: Evaluator
+    calculus: str = "ito"
+
+    def time(self, s: Time) -> Time:
+        """The field's time at the solver's time s."""
+        return self.clock.time(s)
+
+    def take(self, rows: Tensor) -> Diffusion:
+        """The same driver for these rows of the batch alone."""
+        return replace(self, clock=self.clock.take(rows), noise=self.noise.take(rows), g=self.g.take(rows))
+
+    def terms(self, f: Evaluate, s: Time, z: Tensor) -> Terms:
+        """The drift and the diffusion."""
+        return (*self.clock.terms(f, s, z), self.noise_coefficient(f, s, z))
+
+    def advance(self, z: Tensor, terms: Terms, h: float, dw: Any) -> Tensor:
+        """z + f h + g dW."""
+        return torch.add(z, terms[0], alpha=h) + terms[1] * dw
+
+    def noise_coefficient(self, f: Evaluate, s: Time, z: Tensor) -> Tensor:
+        """G(s, z) = g(t(s), z)."""
+        return self.g(self.time(s), z)
+
+
+class Driver(Protocol):
+    """What a solver asks of a driver."""
+
+    @property
+    def noise(self) -> Brownian | None: ...
+    @property
+    def clock(self) -> Clock: ...
+    @property
+    def calculus(self) -> str: ...
+    def time(self, s: Time) -> Time: ...
+    def take(self, rows: Tensor) -> Driver: ...
+    def terms(self, f: Evaluate, s: Time, z: Tensor) -> Terms: ...
+    def advance(self, z: Tensor, terms: Terms, h: float, dw: Any) -> Tensor: ...
+    def noise_coefficient(self, f: Evaluate, s: Time, z: Tensor) -> Tensor: ...

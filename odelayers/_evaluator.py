@@ -1,0 +1,91 @@
+"""A field during one solve: counted, checked at its first evaluation, under autocast for half-precision states."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from odelayers._field import Field, tensors
+
+__all__ = ["Evaluator", "OnCall", "traced"]
+
+OnCall = Callable[[], None]
+
+
+def traced() -> bool:
+    """Whether torch.compile, export or a torch.func transform is looking: then values cannot be read on the host."""
+    return torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None
+
+
+class Evaluator:
+    """A field during one solve: evaluations are counted, the first one is checked, halves run under autocast.
+
+    The state is kept in float32 where the user's is half precision; the field then runs under autocast in that dtype.
+    """
+
+    def __init__(self, field: Field, batch: int, half: torch.dtype | None = None, on_call: tuple[OnCall, ...] = ()):
+        self.field, self.batch, self.half, self.on_call = field, batch, half, on_call
+        self.nfe = 0
+
+    def take(self, rows: Tensor) -> Evaluator:
+        """A fresh evaluator for these rows of the batch alone."""
+        return Evaluator(self.field.take(rows, self.batch), len(rows), self.half, self.on_call)
+
+    def __call__(self, t: Tensor | float, z: Tensor) -> Tensor:
+        """dz/dt at time t and state z, in z's dtype and shape."""
+        self.nfe += 1
+        for notify in self.on_call:
+            notify()
+        if self.nfe == 1 and not traced():
+            return self._first(t, z)
+        return self._evaluate(t, z).to(z.dtype)
+
+    def _evaluate(self, t: Tensor | float, z: Tensor) -> Tensor:
+        if self.half is None:
+            return self.field(t, z)
+        with torch.autocast(z.device.type, dtype=self.half):
+            return self.field(t, z)
+
+    def _first(self, t: Tensor | float, z: Tensor) -> Tensor:
+        """The solve's own first evaluation, on a copy of z, so that a field that writes into z harms nothing."""
+        copy = z.clone()
+        version = None if copy.is_inference() else copy._version
+        try:
+            dz = self._evaluate(t, copy)
+        except RuntimeError as error:
+            self._explain(error, z)
+            raise
+        where = f"field {self.field.name}"
+        if not isinstance(dz, Tensor):
+            raise TypeError(f"{where}: expected a Tensor, got {type(dz).__name__}")
+        if dz.shape != z.shape:
+            raise ValueError(
+                f"{where}: expected dz/dt of the state's shape {tuple(z.shape)}, got {tuple(dz.shape)}; "
+                f"return one rate for every entry of the state"
+            )
+        autocast = self.half is not None or torch.is_autocast_enabled(z.device.type)
+        if dz.dtype != z.dtype and not (autocast and dz.is_floating_point()):
+            raise TypeError(f"{where}: expected dz/dt in the state's {z.dtype}, got {dz.dtype}; cast the field or z")
+        if version is not None and copy._version != version:
+            raise ValueError(
+                f"{where}: the field changed its input z in place; a solver evaluates it several times at one state: "
+                f"use the out-of-place operation (z * 2, not z.mul_(2); inplace=False)"
+            )
+        return dz.to(z.dtype)
+
+    def _explain(self, error: RuntimeError, z: Tensor) -> None:
+        """Raise what the user can act on where the field's parameters and the state disagree on dtype or device."""
+        where = f"field {self.field.name}"
+        for p in tensors(self.field.f):
+            if p.device != z.device:
+                raise ValueError(
+                    f"{where}: the state z is on {z.device}, a parameter of the field on {p.device}; "
+                    f"make them agree, e.g. block.to(z.device)"
+                ) from error
+            if p.is_floating_point() and self.half is None and p.dtype != z.dtype:
+                raise TypeError(
+                    f"{where}: the state z is {z.dtype}, a parameter of the field {p.dtype}; "
+                    f"make them agree, e.g. block.to(z.dtype) or z.to({p.dtype})"
+                ) from error

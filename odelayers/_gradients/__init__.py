@@ -1,0 +1,8 @@
+"""How to differentiate: each gradient owns the solve."""
+
+from odelayers._gradients.adjoint import Adjoint
+from odelayers._gradients.backprop import Backprop
+from odelayers._gradients.base import Gradient
+from odelayers._gradients.checkpoint import Checkpoint
+
+__all__ = ["Adjoint", "Backprop", "Checkpoint", "Gradient"]

@@ -1,0 +1,177 @@
+"""The continuous adjoint: solve a second equation backwards in time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from odelayers._checks import positive_number
+from odelayers._driver import Clock, Driver
+from odelayers._evaluator import Evaluator
+from odelayers._field import Field
+from odelayers._gradients.base import Gradient, Setting, check_cotangent, wanted_tensors
+from odelayers._solution import GradientError
+from odelayers._solvers.adaptive import AdaptiveRungeKutta
+from odelayers._solvers.base import Path, Solver, row_rms
+from odelayers._solvers.fixed import FixedRungeKutta
+from odelayers._solvers.reference import TorchDiffEq
+from odelayers._solvers.reference_sde import TorchSDE
+
+__all__ = ["Adjoint"]
+
+
+@dataclass(frozen=True)
+class Adjoint(Gradient):
+    """Solve the adjoint equation backwards in time: memory independent of the number of steps, at a price.
+
+    Not recommended on contracting fields: their backward solve expands, and z' = -10z over a time of 5 is lost
+    already. The state recovered at every output time is compared with the one the forward solve stored, and a
+    difference beyond `max_drift` raises. Prefer `Checkpoint`. The gradient approximates that of the exact flow; its
+    error falls with the solver's tolerance, and it cannot be differentiated twice.
+
+    With `TorchDiffEq` this is `odeint_adjoint`, with `TorchSDE("reversible_heun")` `adjoint_reversible_heun`; neither
+    checks what it recovers.
+
+    Args:
+        max_drift: largest relative difference, per row, between the state recovered and the state stored.
+
+    Raises:
+        GradientError: from the backward pass, if the recovered state drifts or the incoming gradient is NaN or inf;
+            from the solve, if the field depends on a tensor captured by a closure.
+        SolveError: from the backward pass, if its solve fails.
+
+    Source: Chen et al., Neural Ordinary Differential Equations, NeurIPS 2018, appendix B; parameters are left out of
+    the error norm as Kidger, Chen and Lyons ("Hey, that's not an ODE", ICML 2021) advise.
+
+    Example:
+        >>> Adjoint()
+        Adjoint(max_drift=0.01)
+    """
+
+    max_drift: float = 1e-2
+
+    def __post_init__(self) -> None:
+        positive_number(self.max_drift, "Adjoint: max_drift")
+
+    def accepts(self, solver: Solver) -> bool:
+        if isinstance(solver, TorchSDE):
+            return solver.method == "reversible_heun"
+        return isinstance(solver, FixedRungeKutta | AdaptiveRungeKutta | TorchDiffEq)
+
+    def solve(self, solver: Solver, f: Evaluator, z0: Tensor, ts: Sequence[float], driver: Driver) -> Path:
+        if not torch.is_grad_enabled():
+            return solver.integrate(f, z0, ts, driver)
+        wanted = wanted_tensors(f, z0, driver, ts[0])
+        if isinstance(solver, TorchSDE) or (isinstance(solver, TorchDiffEq) and solver.method != "scipy_solver"):
+            return solver.integrate(f, z0, ts, driver, adjoint=tuple(wanted))
+        backward = _Backward(self, solver, f, tuple(ts), cast(Clock, driver), Setting(f, driver, z0.device), wanted)
+        zs: Tensor = _Flow.apply(backward, z0, *wanted)
+        return Path(zs, backward.accepted, backward.rejected)
+
+
+class _Backward:
+    """One solve as its adjoint needs it."""
+
+    def __init__(
+        self,
+        gradient: Adjoint,
+        solver: Solver,
+        f: Evaluator,
+        ts: tuple[float, ...],
+        clock: Clock,
+        setting: Setting,
+        wanted: list[Tensor],
+    ) -> None:
+        self.gradient, self.solver, self.f, self.ts, self.clock = gradient, solver, f, ts, clock
+        self.setting, self.wanted = setting, wanted
+        self.accepted = self.rejected = 0
+
+    def forward(self, z0: Tensor) -> Tensor:
+        path = self.solver.integrate(self.f, z0, self.ts, self.clock)
+        self.accepted, self.rejected = path.accepted, path.rejected
+        return path.zs
+
+    def backward(self, zs: Tensor, gradient: Tensor) -> list[Tensor]:
+        """Solve for (z, a, dL/dtheta) from the last output time to the first, re-anchored at each of them."""
+        n, shape = zs[0].numel(), zs[0].shape
+        equation = Evaluator(_AdjointField(self.f, self.clock, self.wanted, shape), 1)
+        totals = torch.cat([torch.zeros_like(x).reshape(-1) for x in self.wanted]) if self.wanted else zs.new_empty(0)
+        a = gradient[-1]
+        for i in range(len(self.ts) - 1, 0, -1):
+            y = torch.cat([zs[i].reshape(-1), a.reshape(-1), totals]).unsqueeze(0)
+            span = (self.ts[i], self.ts[i - 1])
+            y = self.solver.integrate(equation, y, span, Clock(), norm=lambda e: _sample_norm(e, n, shape)).zs[-1, 0]
+            self._check_drift(y[:n].view(shape), zs[i - 1], self.ts[i - 1])
+            a, totals = y[n : 2 * n].view(shape) + gradient[i - 1], y[2 * n :]
+        parts = totals.split([x.numel() for x in self.wanted]) if self.wanted else ()
+        return [a, *(part.view(x.shape) for part, x in zip(parts, self.wanted, strict=True))]
+
+    def _check_drift(self, recovered: Tensor, stored: Tensor, t: float) -> None:
+        size = stored.flatten(1).norm(dim=1)
+        drift = (recovered - stored).flatten(1).norm(dim=1) / (size + size.mean() + torch.finfo(stored.dtype).tiny)
+        worst = drift.max().item()
+        if not worst <= self.gradient.max_drift:
+            raise GradientError(
+                f"Adjoint: solved backwards, the state at s = {t:g} differs from the forward solve's by {worst:.2g} "
+                f"(relative, worst row {int(drift.argmax())}), more than max_drift={self.gradient.max_drift:g}: the "
+                f"field contracts too much for a backward solve and the gradient would be wrong. "
+                f"Use gradient=Checkpoint() or Backprop(), a tighter tolerance, or a shorter time"
+            )
+
+
+def _sample_norm(error: Tensor, n: int, shape: torch.Size) -> Tensor:
+    """The worst sample's error in (z, a); the parameters' integrals are quadratures and stay out."""
+    pair = error[0, : 2 * n].view(2, *shape).transpose(0, 1)
+    return row_rms(pair).amax().unsqueeze(0)
+
+
+class _AdjointField(Field):
+    """The right-hand side (f, -a df/dz, -a df/dtheta) over a flat state."""
+
+    def __init__(self, f: Evaluator, clock: Clock, wanted: list[Tensor], shape: torch.Size) -> None:
+        super().__init__(f.field.f, takes_time=True)
+        for name, value in {"inner": f, "clock": clock, "wanted": wanted, "shape": shape}.items():
+            object.__setattr__(self, name, value)
+
+    inner: Evaluator
+    clock: Clock
+    wanted: list[Tensor]
+    shape: torch.Size
+
+    def __call__(self, t: Tensor | float, y: Tensor) -> Tensor:
+        n = self.shape.numel()
+        z, a = y[0, :n].view(self.shape).detach().requires_grad_(), y[0, n : 2 * n].view(self.shape)
+        with torch.enable_grad():
+            dz = self.clock.terms(self.inner, cast(float, t), z)[0]
+        into: list[Tensor] = [z, *self.wanted]
+        found = torch.autograd.grad(dz, into, -a, allow_unused=True) if dz.requires_grad else [None] * len(into)
+        rates = [torch.zeros_like(x) if g is None else g for x, g in zip(into, found, strict=True)]
+        return torch.cat([part.detach().reshape(-1) for part in (dz, *rates)]).unsqueeze(0)
+
+    @property
+    def name(self) -> str:
+        return f"the adjoint of {super().name}"
+
+
+class _Flow(torch.autograd.Function):
+    """The solve as one node of the graph, whose backward pass solves the adjoint equation."""
+
+    @staticmethod
+    def forward(ctx: Any, backward: _Backward, z0: Tensor, *wanted: Tensor) -> Tensor:
+        zs = backward.forward(z0)
+        ctx.solve = backward
+        ctx.save_for_backward(zs, *wanted)
+        return zs
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        check_cotangent(gradient)
+        zs = ctx.saved_tensors[0]  # reading them raises if a parameter was changed in place since the forward solve
+        with ctx.solve.setting.restored():
+            return None, *ctx.solve.backward(zs, gradient)

@@ -1,0 +1,112 @@
+"""What every gradient offers, and what those that evaluate the field again must remember of the first time."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from odelayers._driver import Diffusion, Driver
+from odelayers._evaluator import Evaluator
+from odelayers._field import Field, modules, parameters
+from odelayers._solution import GradientError
+from odelayers._solvers.base import Path, Solver
+
+__all__ = ["Gradient", "Setting", "check_cotangent", "wanted_tensors"]
+
+
+class Gradient(ABC):
+    """How to differentiate; it owns the solve. `evaluates_again` says whether backward calls the field once more."""
+
+    evaluates_again: ClassVar[bool] = True
+
+    @abstractmethod
+    def accepts(self, solver: Solver) -> bool:
+        """Whether this gradient can differentiate through the solver."""
+
+    @abstractmethod
+    def solve(self, solver: Solver, f: Evaluator, z0: Tensor, ts: Sequence[float], driver: Driver) -> Path:
+        """Solve from ts[0] through ts; the path's states carry the gradient."""
+
+
+def fields(f: Evaluator, driver: Driver) -> list[Field]:
+    """The fields that a solve evaluates."""
+    return [f.field, driver.g.field] if isinstance(driver, Diffusion) else [f.field]
+
+
+def wanted_tensors(f: Evaluator, z0: Tensor, driver: Driver, t0: float) -> list[Tensor]:
+    """The tensors beside z0 that get a gradient: parameters, context and a tensor end time.
+
+    Raises:
+        GradientError: if the field's value depends on a tensor that is none of these (captured by a closure): a
+            gradient that evaluates the field again cannot see it and would be silently zero.
+    """
+    found = [p for field in fields(f, driver) for p in parameters(field.f)]
+    found += [c for field in fields(f, driver) for c in field.context if c.requires_grad]
+    clock = driver.clock
+    found += [x for x in (clock.rate, clock.start) if isinstance(x, Tensor) and x.requires_grad]
+    wanted = list({id(x): x for x in found}.values())
+    with torch.enable_grad():
+        terms = driver.terms(f, t0, z0.detach())
+    known = {_node(x) for x in wanted}
+    for term in terms:
+        _refuse_captured(term, known, f.field.name)
+    return wanted
+
+
+def _node(x: Tensor) -> torch.autograd.graph.Node:
+    return torch.autograd.graph.get_gradient_edge(x).node
+
+
+def _refuse_captured(value: Tensor, known: set[torch.autograd.graph.Node], name: str) -> None:
+    """Walk the graph of one evaluation; a leaf that is not among the known tensors was captured."""
+    todo, seen = [value.grad_fn] if value.grad_fn is not None else [], set()
+    while todo:
+        node = todo.pop()
+        if node in seen or node in known:
+            continue
+        seen.add(node)
+        leaf = getattr(node, "variable", None)
+        if leaf is not None:
+            raise GradientError(
+                f"field {name}: its value depends on a tensor of shape {tuple(leaf.shape)} that is neither a parameter "
+                f"of the field nor its context; a gradient that evaluates the field again would lose it silently. "
+                f"Register it as a parameter, pass it as context=, or use gradient=Backprop()"
+            )
+        todo.extend(nxt for nxt, _ in node.next_functions if nxt is not None)
+
+
+class Setting:
+    """The training modes and the autocast in force at the forward solve, to be restored for the backward one."""
+
+    def __init__(self, f: Evaluator, driver: Driver, device: torch.device) -> None:
+        self.modes = [(m, m.training) for field in fields(f, driver) for m in modules(field.f)]
+        self.device = device.type
+        self.autocast = torch.is_autocast_enabled(self.device), torch.get_autocast_dtype(self.device)
+
+    @contextmanager
+    def restored(self) -> Iterator[None]:
+        """Run as in the forward solve."""
+        now = [(m, m.training) for m, _ in self.modes]
+        enabled, dtype = self.autocast
+        try:
+            for m, training in self.modes:
+                m.training = training
+            with torch.autocast(self.device, enabled=enabled, dtype=dtype):
+                yield
+        finally:
+            for m, training in now:
+                m.training = training
+
+
+def check_cotangent(gradient: Tensor) -> None:
+    """Refuse a NaN that comes from the loss, before it is mistaken for a failed solve."""
+    if not bool(gradient.isfinite().all()):
+        raise GradientError(
+            "backward pass: the gradient that reaches the solution is NaN or inf already: it comes from the loss or "
+            "the layers after the block, not from the solve; look there first (torch.autograd.detect_anomaly)"
+        )

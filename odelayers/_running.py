@@ -1,0 +1,75 @@
+"""Integrals accumulated along a solve: the state is carried on with one more entry for each of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from odelayers._field import Field
+
+__all__ = ["RunningField", "RunningRegularizer"]
+
+
+class RunningRegularizer(Protocol):
+    """What a solve asks of a regulariser accumulated along it."""
+
+    needs_jacobian: bool
+
+    def rate(self, t: Tensor | float, z: Tensor, dz: Tensor, probe: Tensor) -> Tensor:
+        """What is integrated over time, `(B,)`, at state z with dz = f(t, z) and a probe fixed for the solve."""
+
+
+@dataclass(frozen=True)
+class RunningField(Field):
+    """A field over states `(B, D + R)`: the user's state, flat, followed by R running integrals."""
+
+    field: Field | None = None
+    regularizers: tuple[RunningRegularizer, ...] = ()
+    probe: Tensor | None = None
+
+    @classmethod
+    def around(cls, field: Field, regularizers: Sequence[RunningRegularizer], probe: Tensor) -> RunningField:
+        """The field that also accumulates the regularisers; probe is shaped like the state."""
+        for r in regularizers:
+            if not callable(getattr(r, "rate", None)) or not hasattr(r, "needs_jacobian"):
+                raise TypeError(
+                    f"running: expected regularisers accumulated along a solve (KineticRegularizer, "
+                    f"JacobianRegularizer, SteadyStateRegularizer), got {type(r).__name__}"
+                )
+        return cls(field.f, field.takes_time, field.context, field, tuple(regularizers), probe)
+
+    def take(self, rows: Tensor, batch: int) -> RunningField:
+        field, probe = self._parts()
+        return replace(self, field=field.take(rows, batch), probe=probe[rows])
+
+    def enter(self, z: Tensor) -> Tensor:
+        """The augmented state at the start: every integral is zero."""
+        return torch.cat([z.flatten(1), z.new_zeros(z.shape[0], len(self.regularizers))], dim=1)
+
+    def leave(self, zs: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """States `(T, B, ...)` and the integrals at the last time from augmented states `(T, B, D + R)`."""
+        _, probe = self._parts()
+        n = probe[0].numel()
+        return zs[..., :n].reshape(zs.shape[0], *probe.shape), zs[-1, :, n:].unbind(1)
+
+    def __call__(self, t: Tensor | float, y: Tensor) -> Tensor:
+        field, probe = self._parts()
+        z = y[:, : probe[0].numel()].view(probe.shape)
+        recording = torch.is_grad_enabled()
+        jacobian = any(r.needs_jacobian for r in self.regularizers)
+        if jacobian and not (recording and z.requires_grad):
+            z = z.detach().requires_grad_()
+        with torch.set_grad_enabled(recording or jacobian):
+            dz = field(t, z)
+            rates = [r.rate(t, z, dz, probe) for r in self.regularizers]
+            out = torch.cat([dz.flatten(1), torch.stack(rates, dim=1).to(dz.dtype)], dim=1)
+        return out if recording else out.detach()
+
+    def _parts(self) -> tuple[Field, Tensor]:
+        if self.field is None or self.probe is None:
+            raise TypeError("RunningField: build it with RunningField.around")
+        return self.field, self.probe

@@ -1,0 +1,111 @@
+"""What comes out of a solve: the states, how the solve went, and how it failed."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+
+from torch import Tensor
+
+__all__ = ["GradientError", "Solution", "SolveError", "Stats", "Status"]
+
+
+class Status(enum.IntEnum):
+    """How the solve of one row ended; `Solution.stats.status` holds these as integers.
+
+    Example:
+        >>> Status(2).name
+        'BLOW_UP'
+    """
+
+    OK = 0
+    NONFINITE = 1  # the initial state or the field's first value was NaN or inf
+    BLOW_UP = 2  # the state or the field left the finite numbers on the way
+    MAX_STEPS = 3  # the step budget was spent before the end time
+    STIFF = 4  # as MAX_STEPS or STEP_UNDERFLOW, with stability instead of accuracy limiting the step
+    STEP_UNDERFLOW = 5  # the step size fell below what the time can resolve
+
+
+_CAUSE = {
+    Status.NONFINITE: "the initial state or the field's value there is NaN or inf",
+    Status.BLOW_UP: "the state or the field became NaN or inf on the way (a finite-time blow-up, or steps too long)",
+    Status.MAX_STEPS: "the step budget was spent",
+    Status.STIFF: "the field is stiff: stability, not accuracy, limits the step",
+    Status.STEP_UNDERFLOW: "the step size fell below the resolution of time",
+}
+_REMEDY = {
+    Status.NONFINITE: "check these rows of the input and the field's parameters",
+    Status.BLOW_UP: "use more steps, shorten the time, or bound the field (tanh, a Lyapunov or kinetic regulariser)",
+    Status.MAX_STEPS: "raise max_steps, loosen rtol/atol, or shorten the time",
+    Status.STIFF: "use an implicit method (solver=TorchDiffEq('scipy_solver') runs Radau; gradients by gradient=Adjoint()), "
+    "shorten the time, or regularise the field; raising max_steps only takes longer",
+    Status.STEP_UNDERFLOW: "the field may be discontinuous or near a singularity: loosen rtol/atol, or use a fixed grid",
+}
+
+
+class SolveError(RuntimeError):
+    """A solve that failed: which rows, when, why, and what to do.
+
+    Attributes:
+        rows: indices of the failed rows in the batch handed to the block.
+        t: the times at which they failed, one per row, in the field's time.
+        status: why, a `Status`.
+    """
+
+    def __init__(self, where: str, rows: tuple[int, ...], t: tuple[float, ...], status: Status, note: str = "") -> None:
+        super().__init__(where, rows, t, status, note)
+        self.where, self.rows, self.t, self.status, self.note = where, rows, t, status, note
+
+    def __str__(self) -> str:
+        shown = ", ".join(map(str, self.rows[:8])) + (", ..." if len(self.rows) > 8 else "")
+        note = f" ({self.note})" if self.note else ""
+        return (
+            f"{self.where}: {len(self.rows)} row(s) failed [{shown}] at t = {min(self.t):.6g}: "
+            f"{_CAUSE[self.status]}{note}. To mend it: {_REMEDY[self.status]}; "
+            f"on_failure='isolate' solves the other rows without them."
+        )
+
+
+class GradientError(RuntimeError):
+    """A gradient that would be wrong, refused: what is lost, and what to use in its place."""
+
+
+@dataclass(frozen=True)
+class Stats:
+    """How a solve went.
+
+    Attributes:
+        nfe: evaluations of the field in the forward solve, each over the whole batch.
+        accepted: steps taken.
+        rejected: steps tried and thrown away by the step size control.
+        status: `(B,)` integers, a `Status` per row (0 is OK).
+        failed_at: `(B,)` the time at which a row failed, NaN for a healthy one.
+    """
+
+    nfe: int
+    accepted: int
+    rejected: int
+    status: Tensor
+    failed_at: Tensor
+
+
+@dataclass(frozen=True)
+class Solution:
+    """What came out of `block.solve`.
+
+    Attributes:
+        ts: `(T,)` output times, `ts[0]` the start; `(2, B)` where every sample has its own end time.
+        zs: `(T, B, ...)` states at these times.
+        stats: evaluations, steps and the status of every row.
+        running: one `(B,)` integral over the solve for each running regulariser.
+    """
+
+    ts: Tensor
+    zs: Tensor
+    stats: Stats
+    running: tuple[Tensor, ...] = ()
+
+    @property
+    def final(self) -> Tensor:
+        """The state at the last time, `(B, ...)`."""
+        return self.zs[-1]

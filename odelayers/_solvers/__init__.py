@@ -1,0 +1,27 @@
+"""How to step: own Runge-Kutta and SDE methods, torchdiffeq and torchsde as adapters. Knows nothing of gradients."""
+
+from odelayers._solvers.adaptive import Dopri5, Tsit5
+from odelayers._solvers.base import MarchingSolver, Path, Solver
+from odelayers._solvers.fixed import RK4, Euler, FixedGrid, Heun, Midpoint
+from odelayers._solvers.reference import TorchDiffEq
+from odelayers._solvers.reference_sde import TorchSDE
+from odelayers._solvers.sde import EulerMaruyama, Milstein, ReversibleHeun, StratonovichHeun
+
+__all__ = [
+    "RK4",
+    "Dopri5",
+    "Euler",
+    "EulerMaruyama",
+    "FixedGrid",
+    "Heun",
+    "MarchingSolver",
+    "Midpoint",
+    "Milstein",
+    "Path",
+    "ReversibleHeun",
+    "Solver",
+    "StratonovichHeun",
+    "TorchDiffEq",
+    "TorchSDE",
+    "Tsit5",
+]

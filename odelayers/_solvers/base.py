@@ -1,0 +1,119 @@
+"""What every solver offers: a march over steps that can be taken again."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from odelayers._driver import Driver
+from odelayers._evaluator import Evaluator
+from odelayers._solution import SolveError, Status
+
+__all__ = ["MarchingSolver", "Norm", "Path", "Solver", "Step", "Taken", "fail", "row_rms"]
+
+State = tuple[Tensor, ...]
+Norm = Callable[[Tensor], Tensor]
+
+
+def row_rms(error: Tensor) -> Tensor:
+    """The root mean square of a scaled error `(B, ...)` over each row, `(B,)`; the worst row decides the step."""
+    rows = error.reshape(error.shape[0], -1)
+    return torch.linalg.vector_norm(rows, dim=1) / max(rows.shape[1], 1) ** 0.5
+
+
+class Step(NamedTuple):
+    """One step: its index, start, length, and the fractions of it at which an output lies (1.0 is its end)."""
+
+    index: int
+    t: float
+    h: float
+    outputs: tuple[float, ...] = ()
+
+
+class Taken(NamedTuple):
+    """A step taken: the state before it, the state after it, its outputs, and the tries thrown away before it."""
+
+    step: Step
+    before: State
+    after: State
+    outputs: list[Tensor]
+    rejected: int
+
+
+@dataclass(frozen=True)
+class Path:
+    """States at the output times, `(T, B, ...)`, with the counts of steps."""
+
+    zs: Tensor
+    accepted: int
+    rejected: int
+
+
+class Solver(ABC):
+    """How to step. Knows nothing of gradients.
+
+    `order` is the order of convergence, `calculus` the readings of an SDE that the solver converges to (empty: it
+    solves ODEs only) and `noises` the kinds of noise for which it does.
+    """
+
+    order: ClassVar[float]
+    calculus: ClassVar[tuple[str, ...]] = ()
+    noises: ClassVar[tuple[str, ...]] = ("diagonal", "scalar")
+    adaptive: ClassVar[bool] = False
+
+    @abstractmethod
+    def integrate(self, f: Evaluator, z0: Tensor, ts: Sequence[float], driver: Driver, norm: Norm = row_rms) -> Path:
+        """Solve from ts[0] through the strictly monotone times ts; differentiable by plain autograd."""
+
+    def noise_steps(self, ts: Sequence[float]) -> int:
+        """How many seeds or increments of noise a solve over ts needs."""
+        return 0
+
+
+class MarchingSolver(Solver):
+    """A solver of ours: a march of steps, each of which can be taken again from the state before it."""
+
+    @abstractmethod
+    def start(self, f: Evaluator, t0: float, z0: Tensor, driver: Driver) -> State:
+        """The state to begin with: z and whatever the solver carries from step to step."""
+
+    @abstractmethod
+    def march(self, f: Evaluator, z0: Tensor, ts: Sequence[float], driver: Driver, norm: Norm) -> Iterator[Taken]:
+        """Take the steps from ts[0] to ts[-1]."""
+
+    @abstractmethod
+    def again(self, f: Evaluator, step: Step, before: State, driver: Driver) -> tuple[State, list[Tensor]]:
+        """Take a step once more from the state before it: the state after it and its outputs."""
+
+    def integrate(self, f: Evaluator, z0: Tensor, ts: Sequence[float], driver: Driver, norm: Norm = row_rms) -> Path:
+        zs, accepted, rejected = [z0], 0, 0
+        for taken in self.march(f, z0, ts, driver, norm):
+            zs.extend(taken.outputs)
+            accepted, rejected = accepted + 1, rejected + taken.rejected
+        return Path(torch.stack(zs), accepted, rejected)
+
+
+def fail(
+    solver: Solver, f: Evaluator, rows: Tensor, s: float, driver: Driver, status: Status, note: str = ""
+) -> SolveError:
+    """The error for the rows flagged in `rows` (B,), which failed at the solver's time s."""
+    index = rows.nonzero().flatten()
+    t = torch.as_tensor(driver.time(s)).detach().to(torch.float64).reshape(-1)
+    times = t.expand(rows.shape[0]) if t.numel() == 1 else t
+    return SolveError(
+        f"{f.field.name} solved by {solver!r}",
+        tuple(index.tolist()),
+        tuple(times[index.to(times.device)].tolist()),
+        status,
+        note,
+    )
+
+
+def nonfinite_rows(z: Tensor) -> Tensor:
+    """Which rows hold a NaN or inf, `(B,)`."""
+    return ~z.reshape(z.shape[0], -1).isfinite().all(dim=1)

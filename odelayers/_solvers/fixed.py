@@ -1,0 +1,176 @@
+"""Solvers over a fixed grid of steps: explicit Runge-Kutta here, those for SDEs beside."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from odelayers._checks import positive_int
+from odelayers._driver import Driver
+from odelayers._evaluator import Evaluator, traced
+from odelayers._solution import Status
+from odelayers._solvers.base import MarchingSolver, Norm, State, Step, Taken, fail, nonfinite_rows, row_rms
+from odelayers._solvers.tableau import EULER, HEUN, MIDPOINT, RK4 as RK4_TABLEAU, Tableau, combine
+
+__all__ = ["Euler", "FixedGrid", "Heun", "Midpoint", "RK4"]
+
+
+@dataclass(frozen=True)
+class FixedGrid(MarchingSolver):
+    """Equal steps over [ts[0], ts[-1]]; an output time between two grid points divides its step."""
+
+    steps: int
+
+    def __post_init__(self) -> None:
+        positive_int(self.steps, f"{type(self).__name__}: steps")
+
+    @abstractmethod
+    def step(self, f: Evaluator, s: Step, before: State, driver: Driver) -> State:
+        """The state after one step; `before[0]` is z, the rest is the solver's own carry."""
+
+    def start(self, f: Evaluator, t0: float, z0: Tensor, driver: Driver) -> State:
+        return (z0,)
+
+    def grid(self, ts: Sequence[float]) -> list[Step]:
+        """The steps: the equal grid, with output times that fall between its points added."""
+        t0, t1 = ts[0], ts[-1]
+        h = (t1 - t0) / self.steps
+        near = 1e-9 * abs(h)
+        marks = [(t, True) for t in ts]
+        position = 0
+        for i in range(1, self.steps):
+            t = t0 + i * h
+            while abs(ts[position] - t0) < abs(t - t0) - near:
+                position += 1
+            if abs(ts[position] - t) > near:
+                marks.append((t, False))
+        marks.sort(key=lambda mark: abs(mark[0] - t0))
+        return [
+            Step(i, a, b - a, (1.0,) if is_output else ())
+            for i, ((a, _), (b, is_output)) in enumerate(zip(marks, marks[1:], strict=False))
+        ]
+
+    def noise_steps(self, ts: Sequence[float]) -> int:
+        return len(self.grid(ts))
+
+    def march(
+        self, f: Evaluator, z0: Tensor, ts: Sequence[float], driver: Driver, norm: Norm = row_rms
+    ) -> Iterator[Taken]:
+        before = self.start(f, ts[0], z0, driver)
+        for step in self.grid(ts):
+            after = self.step(f, step, before, driver)
+            yield Taken(step, before, after, [after[0]] if step.outputs else [], 0)
+            before = after
+        # One host read a solve; under a transform or a compiler there is none.
+        if not traced() and not bool(before[0].isfinite().all()):
+            self._explain(f, z0, ts, driver)
+
+    def again(self, f: Evaluator, step: Step, before: State, driver: Driver) -> tuple[State, list[Tensor]]:
+        after = self.step(f, step, before, driver)
+        return after, [after[0]] if step.outputs else []
+
+    @torch.no_grad()
+    def _explain(self, f: Evaluator, z0: Tensor, ts: Sequence[float], driver: Driver) -> None:
+        """Run once more, reading every step, to say which rows failed first and when."""
+        before = self.start(f, ts[0], z0, driver)
+        first = nonfinite_rows(z0) | nonfinite_rows(f(driver.time(ts[0]), z0))
+        if first.any():
+            raise fail(self, f, first, ts[0], driver, Status.NONFINITE)
+        for step in self.grid(ts):
+            before = self.step(f, step, before, driver)
+            rows = nonfinite_rows(before[0])
+            if rows.any():
+                raise fail(self, f, rows, step.t + step.h, driver, Status.BLOW_UP)
+
+
+@dataclass(frozen=True)
+class FixedRungeKutta(FixedGrid):
+    """An explicit Runge-Kutta method on a fixed grid."""
+
+    tableau: ClassVar[Tableau]
+
+    def step(self, f: Evaluator, s: Step, before: State, driver: Driver) -> State:
+        z = before[0]
+        flat, stages = z.reshape(-1), []
+        at = z
+        for c, row in zip(self.tableau.c, (*self.tableau.a, self.tableau.b), strict=True):
+            stages.append(driver.terms(f, s.t + c * s.h, at)[0].reshape(-1))
+            at = combine(flat, stages, row, s.h).view(z.shape)
+        return (at,)
+
+
+@dataclass(frozen=True)
+class Euler(FixedRungeKutta):
+    """Explicit Euler: order 1, one evaluation a step.
+
+    Args:
+        steps: number of equal steps over the time of the solve.
+
+    Raises:
+        TypeError, ValueError: if steps is not an int >= 1.
+
+    Example:
+        >>> Euler(steps=10)
+        Euler(steps=10)
+    """
+
+    tableau, order = EULER, 1
+
+
+@dataclass(frozen=True)
+class Midpoint(FixedRungeKutta):
+    """The explicit midpoint rule: order 2, two evaluations a step.
+
+    Args:
+        steps: number of equal steps over the time of the solve.
+
+    Raises:
+        TypeError, ValueError: if steps is not an int >= 1.
+
+    Example:
+        >>> Midpoint(steps=10).order
+        2
+    """
+
+    tableau, order = MIDPOINT, 2
+
+
+@dataclass(frozen=True)
+class Heun(FixedRungeKutta):
+    """Heun's method, the explicit trapezoid: order 2, two evaluations a step.
+
+    Args:
+        steps: number of equal steps over the time of the solve.
+
+    Raises:
+        TypeError, ValueError: if steps is not an int >= 1.
+
+    Example:
+        >>> Heun(steps=10).order
+        2
+    """
+
+    tableau, order = HEUN, 2
+
+
+@dataclass(frozen=True)
+class RK4(FixedRungeKutta):
+    """The classical Runge-Kutta method: order 4, four evaluations a step.
+
+    Args:
+        steps: number of equal steps over the time of the solve.
+
+    Raises:
+        TypeError, ValueError: if steps is not an int >= 1.
+
+    Example:
+        >>> RK4(steps=10).order
+        4
+    """
+
+    tableau, order = RK4_TABLEAU, 4
