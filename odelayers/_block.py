@@ -68,6 +68,7 @@ class Block(nn.Module):
         self._counters: list[Callable[[], None]] = []
 
     def extra_repr(self) -> str:
+        """The record of the block in its repr."""
         f = "" if isinstance(self.f, nn.Module) else f"f={getattr(self.f, '__name__', self.f)!s}, "
         return f"{f}t0={self.t0}, t1={self.t1}, solver={self.solver}, gradient={self.gradient}"
 

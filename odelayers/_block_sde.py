@@ -34,6 +34,7 @@ class NoisyBlock(Block):
         self.calculus, self.noise = calculus, kind
 
     def extra_repr(self) -> str:
+        """The record of the block in its repr."""
         return f"{super().extra_repr()}, calculus={self.calculus!r}, noise={self.noise!r}"
 
     def solve(self, z: Tensor, *args: Any, running: Any = (), **options: Any) -> Any:

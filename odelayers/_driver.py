@@ -82,7 +82,7 @@ class Clock:
         return (dz if self.rate is None else self.rate * dz,)
 
     def advance(self, z: Tensor, terms: Terms, h: float, dw: Any) -> Tensor:
-        """z plus the increment of one step of length h."""
+        """Z plus the increment of one step of length h."""
         return torch.add(z, terms[0], alpha=h)
 
     def noise_coefficient(self, f: Evaluate, s: Time, z: Tensor) -> Tensor:
@@ -163,8 +163,9 @@ class NoisyClock:
         return (f(self.time(s), z),)
 
     def advance(self, z: Tensor, terms: Terms, h: float, dw: Any) -> Tensor:
-        """z + f (h + sigma dW)."""
-        return z + terms[0] * (self.clock.dt(h) + self.sigma * dw)
+        """Z + f (h + sigma dW)."""
+        after: Tensor = z + terms[0] * (self.clock.dt(h) + self.sigma * dw)
+        return after
 
     def noise_coefficient(self, f: Evaluate, s: Time, z: Tensor) -> Tensor:
         """G(s, z) = sigma f(s, z)."""
@@ -193,8 +194,9 @@ class Diffusion:
         return (*self.clock.terms(f, s, z), self.noise_coefficient(f, s, z))
 
     def advance(self, z: Tensor, terms: Terms, h: float, dw: Any) -> Tensor:
-        """z + f h + g dW."""
-        return torch.add(z, terms[0], alpha=h) + terms[1] * dw
+        """Z + f h + g dW."""
+        after: Tensor = self.clock.advance(z, terms, h, None) + terms[1] * dw
+        return after
 
     def noise_coefficient(self, f: Evaluate, s: Time, z: Tensor) -> Tensor:
         """G(s, z) = g(t(s), z)."""

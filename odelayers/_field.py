@@ -29,10 +29,10 @@ def takes_time(f: Callable[..., Any], time: bool | None = None) -> bool:
         return bool(time)
     target = f.forward if isinstance(f, nn.Module) else f
     try:
-        named = inspect.signature(target).parameters.values()
+        named = tuple(inspect.signature(target).parameters.values())
     except (TypeError, ValueError):
-        named = None  # type: ignore[assignment]
-    required = [p.name for p in named or () if p.kind in _POSITIONAL and p.default is p.empty]
+        named = ()
+    required = [p.name for p in named if p.kind in _POSITIONAL and p.default is p.empty]
     if not 1 <= len(required) <= 3:
         raise TypeError(
             f"field {_name(f)}: cannot tell f(z) from f(t, z): expected 1 to 3 required positional parameters, "

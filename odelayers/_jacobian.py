@@ -117,18 +117,18 @@ def _differentiate(field: Field, z: Tensor, t: Tensor | float, chunk_size: int |
         x = z if further and z.requires_grad else (z.clone() if z.is_inference() else z.detach()).requires_grad_()
         out = Evaluator(field, len(z))(t, x)
         further = further and (z.requires_grad or _has_other_leaf(out, x))
-        basis = torch.eye(z.shape[1:].numel(), dtype=out.dtype, device=z.device).view(-1, 1, *z.shape[1:])
-        columns = []
-        for chunk in torch.split(basis, chunk_size or len(basis)) if out.requires_grad and len(z) else ():
-            # Row b of the output depends on row b of z alone, so one vector serves the whole batch.
-            grad_outputs = chunk.expand(-1, *z.shape)
-            (gradient,) = torch.autograd.grad(
-                out, x, grad_outputs, is_grads_batched=True, create_graph=further, retain_graph=True, allow_unused=True
-            )
-            columns.append(z.new_zeros(grad_outputs.shape) if gradient is None else gradient)
-        if not columns:
-            columns = [z.new_zeros((len(basis), *z.shape))]
-        J = torch.cat(columns).flatten(2).transpose(0, 1)
+        if not out.requires_grad:
+            return out, z.new_zeros(len(z), z.shape[1:].numel(), z.shape[1:].numel())
+
+        def pull_back(output: Tensor) -> Tensor:
+            # Row b of f(z) depends on row b of z alone, so one output can be pulled back in all rows at once.
+            direction = output.expand(z.shape)
+            return torch.autograd.grad(
+                out, x, direction, create_graph=further, retain_graph=True, materialize_grads=True
+            )[0]
+
+        outputs = torch.eye(z.shape[1:].numel(), dtype=out.dtype, device=z.device).reshape(-1, *z.shape[1:])
+        J = torch.func.vmap(pull_back, chunk_size=chunk_size)(outputs).flatten(2).transpose(0, 1)
     return (out if further else out.detach()), J
 
 

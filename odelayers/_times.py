@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -38,7 +39,7 @@ def output_times(ts: Tensor | Sequence[float], like: Tensor, where: str) -> Time
     times = [float(t) for t in values.tolist()]
     if not all(map(math.isfinite, times)):
         raise ValueError(f"{where}: ts: expected finite times, got {times}")
-    steps = [b - a for a, b in zip(times, times[1:], strict=False)]
+    steps = [b - a for a, b in pairwise(times)]
     if not (all(h > 0 for h in steps) or all(h < 0 for h in steps)):
         raise ValueError(f"{where}: ts: expected strictly increasing or strictly decreasing times, got {times}")
     return Times(values.to(device=like.device, dtype=like.dtype), tuple(times), Clock())
@@ -48,8 +49,8 @@ def end_times(t0: float, t1: float | Tensor, like: Tensor, where: str) -> Times:
     """From t0 to an end time: a float, a 0-d tensor, or one for each sample `(B,)`."""
     batch = like.shape[0]
     if not isinstance(t1, Tensor):
-        end = finite_number(t1, f"{where}: t1")
-        return Times(like.new_tensor([t0, end]), (t0, end), Clock())
+        last = finite_number(t1, f"{where}: t1")
+        return Times(like.new_tensor([t0, last]), (t0, last), Clock())
     if not t1.is_floating_point():
         raise TypeError(f"{where}: t1: expected a floating-point tensor, got {t1.dtype}; pass t1.float()")
     if t1.ndim > 1 or (t1.ndim == 1 and t1.shape[0] != batch):

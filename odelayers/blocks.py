@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -120,6 +121,7 @@ class AugmentedODEBlock(ODEBlock):
         return zs.narrow(axis, 0, zs.shape[axis] - self.extra)
 
     def extra_repr(self) -> str:
+        """The record of the block in its repr."""
         return f"{super().extra_repr()}, extra={self.extra}, axis={self.axis}, keep={self.keep}"
 
 
@@ -265,7 +267,7 @@ class DropoutSDEBlock(NoisyBlock):
     @property
     def sigma(self) -> float:
         """The noise coefficient sqrt(layer_time p / (1 - p))."""
-        return (self.layer_time * self.p / (1 - self.p)) ** 0.5
+        return math.sqrt(self.layer_time * self.p / (1 - self.p))
 
     def _driver(
         self,
@@ -281,6 +283,7 @@ class DropoutSDEBlock(NoisyBlock):
         return NoisyClock(times.clock, self._brownian(times, z0, generator, noise), self.sigma, self.calculus)
 
     def extra_repr(self) -> str:
+        """The record of the block in its repr."""
         return f"p={self.p}, {super().extra_repr()}, layer_time={self.layer_time}, noise_in_eval={self.noise_in_eval}"
 
 

@@ -68,9 +68,10 @@ class Adjoint(Gradient):
             return solver.integrate(f, z0, ts, driver)
         wanted = wanted_tensors(f, z0, driver, ts[0])
         if isinstance(solver, TorchSDE) or (isinstance(solver, TorchDiffEq) and solver.method != "scipy_solver"):
-            return solver.integrate(f, z0, ts, driver, adjoint=tuple(wanted))
+            path: Path = solver.integrate(f, z0, ts, driver, adjoint=tuple(wanted))
+            return path
         backward = _Backward(self, solver, f, tuple(ts), cast(Clock, driver), Setting(f, driver, z0.device), wanted)
-        zs: Tensor = _Flow.apply(backward, z0, *wanted)
+        zs: Tensor = _Flow.apply(backward, z0, *wanted)  # type: ignore[no-untyped-call]
         return Path(zs, backward.accepted, backward.rejected)
 
 
@@ -108,7 +109,7 @@ class _Backward:
             y = self.solver.integrate(equation, y, span, Clock(), norm=lambda e: _sample_norm(e, n, shape)).zs[-1, 0]
             self._check_drift(y[:n].view(shape), zs[i - 1], self.ts[i - 1])
             a, totals = y[n : 2 * n].view(shape) + gradient[i - 1], y[2 * n :]
-        parts = totals.split([x.numel() for x in self.wanted]) if self.wanted else ()
+        parts = torch.split(totals, [x.numel() for x in self.wanted]) if self.wanted else ()
         return [a, *(part.view(x.shape) for part, x in zip(parts, self.wanted, strict=True))]
 
     def _check_drift(self, recovered: Tensor, stored: Tensor, t: float) -> None:

@@ -19,7 +19,7 @@ __all__ = ["Backprop"]
 
 @dataclass(frozen=True)
 class Backprop(Gradient):
-    """Backpropagate through the steps taken, step sizes held constant: the default, right with every solver that leaves a graph.
+    """Backpropagate through the steps taken, step sizes held constant: the default.
 
     The gradient is exact for the numbers computed (discretise, then optimise), and can be differentiated again. Memory
     grows with the number of steps; `Checkpoint` trades it for time.

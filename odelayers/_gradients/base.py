@@ -45,7 +45,7 @@ def wanted_tensors(f: Evaluator, z0: Tensor, driver: Driver, t0: float) -> list[
         GradientError: if the field's value depends on a tensor that is none of these (captured by a closure): a
             gradient that evaluates the field again cannot see it and would be silently zero.
     """
-    found = [p for field in fields(f, driver) for p in parameters(field.f)]
+    found: list[Tensor] = [p for field in fields(f, driver) for p in parameters(field.f)]
     found += [c for field in fields(f, driver) for c in field.context if c.requires_grad]
     clock = driver.clock
     found += [x for x in (clock.rate, clock.start) if isinstance(x, Tensor) and x.requires_grad]

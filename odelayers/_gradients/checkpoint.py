@@ -46,7 +46,7 @@ class Checkpoint(Gradient):
             return solver.integrate(f, z0, ts, driver)
         wanted = wanted_tensors(f, z0, driver, ts[0])
         solve = _Solve(solver, f, tuple(ts), driver, Setting(f, driver, z0.device), wanted)
-        zs: Tensor = _TakenAgain.apply(solve, z0, *wanted)
+        zs: Tensor = _TakenAgain.apply(solve, z0, *wanted)  # type: ignore[no-untyped-call]
         return Path(zs, len(solve.steps), solve.rejected)
 
 

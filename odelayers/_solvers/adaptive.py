@@ -60,7 +60,7 @@ class AdaptiveRungeKutta(MarchingSolver):
         way = math.copysign(1.0, t1 - t)
         rtol, atol = self.tolerances(f, z0)
         before = self.start(f, t, z0, driver)
-        h = self._first_step(f, *before, t, t1, driver, norm, rtol, atol)
+        h = self._first_step(f, before, t, t1, driver, norm, rtol, atol)
         position, rejected, tried = 1, 0, 0
         while (t1 - t) * way > 0:
             # A last step that would leave a sliver is stretched or clipped to end exactly at t1.
@@ -92,7 +92,7 @@ class AdaptiveRungeKutta(MarchingSolver):
         return self._after(attempt), self._outputs(attempt, step, before[0])
 
     def tolerances(self, f: Evaluator, z: Tensor) -> tuple[float, float]:
-        """rtol and atol, not below the rounding of the dtype that the field is evaluated in."""
+        """Rtol and atol, not below the rounding of the dtype that the field is evaluated in."""
         floor = 4 * torch.finfo(f.half or z.dtype).eps
         return max(self.rtol, floor), max(self.atol, floor if f.half else 0.0)
 
@@ -141,8 +141,7 @@ class AdaptiveRungeKutta(MarchingSolver):
     def _first_step(
         self,
         f: Evaluator,
-        z: Tensor,
-        k: Tensor,
+        before: State,
         t0: float,
         t1: float,
         driver: Driver,
@@ -151,7 +150,7 @@ class AdaptiveRungeKutta(MarchingSolver):
         atol: float,
     ) -> float:
         """The given first step, or Hairer's choice for the row that needs the shortest (Solving ODEs I, II.4)."""
-        k = k.view(z.shape)
+        z, k = before[0], before[1].view(before[0].shape)
         bad = nonfinite_rows(z) | nonfinite_rows(k)
         scale = z.abs().mul_(rtol).add_(atol)
         size, speed = norm(z / scale), norm(k / scale)
@@ -189,7 +188,7 @@ class AdaptiveRungeKutta(MarchingSolver):
         return fail(self, f, rows, t, driver, status, note)
 
     def _stiff(self, attempt: Try, h: float, rows: Tensor) -> bool:
-        """Whether |h lambda| sits at the stability boundary; lambda from two stages at one time (Hairer, Wanner, IV.2)."""
+        """Whether |h lambda| sits at the stability boundary, lambda from two stages at one time (Hairer, Wanner IV.2)."""
         shape = attempt.z.shape
         change = (attempt.stages[-1] - attempt.stages[-2]).view(shape)[rows].norm()
         distance = (attempt.z - attempt.last)[rows].norm()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -23,13 +24,14 @@ Norm = Callable[[Tensor], Tensor]
 def row_rms(error: Tensor) -> Tensor:
     """The root mean square of a scaled error `(B, ...)` over each row, `(B,)`; the worst row decides the step."""
     rows = error.reshape(error.shape[0], -1)
-    return torch.linalg.vector_norm(rows, dim=1) / max(rows.shape[1], 1) ** 0.5
+    norms: Tensor = torch.linalg.vector_norm(rows, dim=1)
+    return norms / math.sqrt(max(rows.shape[1], 1))
 
 
 class Step(NamedTuple):
-    """One step: its index, start, length, and the fractions of it at which an output lies (1.0 is its end)."""
+    """One step: its number, start, length, and the fractions of it at which an output lies (1.0 is its end)."""
 
-    index: int
+    number: int
     t: float
     h: float
     outputs: tuple[float, ...] = ()

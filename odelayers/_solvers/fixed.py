@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -15,9 +16,10 @@ from odelayers._driver import Driver
 from odelayers._evaluator import Evaluator, traced
 from odelayers._solution import Status
 from odelayers._solvers.base import MarchingSolver, Norm, State, Step, Taken, fail, nonfinite_rows, row_rms
-from odelayers._solvers.tableau import EULER, HEUN, MIDPOINT, RK4 as RK4_TABLEAU, Tableau, combine
+from odelayers._solvers.tableau import EULER, HEUN, MIDPOINT, Tableau, combine
+from odelayers._solvers.tableau import RK4 as RK4_TABLEAU
 
-__all__ = ["Euler", "FixedGrid", "Heun", "Midpoint", "RK4"]
+__all__ = ["RK4", "Euler", "FixedGrid", "Heun", "Midpoint"]
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,7 @@ class FixedGrid(MarchingSolver):
         marks.sort(key=lambda mark: abs(mark[0] - t0))
         return [
             Step(i, a, b - a, (1.0,) if is_output else ())
-            for i, ((a, _), (b, is_output)) in enumerate(zip(marks, marks[1:], strict=False))
+            for i, ((a, _), (b, is_output)) in enumerate(itertools.pairwise(marks))
         ]
 
     def noise_steps(self, ts: Sequence[float]) -> int:

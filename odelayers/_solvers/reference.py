@@ -78,7 +78,7 @@ class TorchDiffEq(Solver):
             return {} if self.step_size is None else {"step_size": self.step_size}
         return {"max_num_steps": self.max_steps}
 
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def integrate(
         self,
         f: Evaluator,

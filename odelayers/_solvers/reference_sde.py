@@ -69,7 +69,7 @@ class TorchSDE(Solver):
     def noise_steps(self, ts: Sequence[float]) -> int:
         return 1
 
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def integrate(
         self,
         f: Evaluator,
@@ -131,11 +131,13 @@ class _Rows(torchsde.BaseBrownian):  # type: ignore[misc]
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.path.dtype
+        dtype: torch.dtype = self.path.dtype
+        return dtype
 
     @property
     def device(self) -> torch.device:
-        return self.path.device
+        device: torch.device = self.path.device
+        return device
 
     @property
     def shape(self) -> tuple[int, ...]:

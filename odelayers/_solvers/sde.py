@@ -16,7 +16,7 @@ __all__ = ["EulerMaruyama", "Milstein", "ReversibleHeun", "StratonovichHeun"]
 
 
 def _noise(driver: Driver, s: Step) -> Tensor | None:
-    return None if driver.noise is None else driver.noise.increment(s.index, s.h)
+    return None if driver.noise is None else driver.noise.increment(s.number, s.h)
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class Milstein(FixedGrid):
         if dw is None:
             return (after,)
         g = driver.noise_coefficient(f, s.t, z)
-        _, along = torch.func.jvp(lambda at: driver.noise_coefficient(f, s.t, at), (z,), (g,))
+        along = torch.func.jvp(lambda at: driver.noise_coefficient(f, s.t, at), (z,), (g,))[1]
         square = dw * dw - driver.clock.dt(s.h) if driver.calculus == "ito" else dw * dw
         return (after + along * square / 2,)
 

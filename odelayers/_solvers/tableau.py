@@ -51,7 +51,7 @@ def _weights(row: Row, dtype: torch.dtype, device: torch.device) -> Tensor:
 
 
 def combine(z: Tensor, stages: Sequence[Tensor] | Tensor, row: Row, h: float) -> Tensor:
-    """z + h sum_i row_i stage_i, flat, in one kernel: `stages` is a list (differentiable) or a buffer `(s, N)`."""
+    """Z + h sum_i row_i stage_i, flat, in one kernel: `stages` is a list (differentiable) or a buffer `(s, N)`."""
     used = [i for i, weight in enumerate(row) if weight]
     if len(used) == 1:
         return torch.add(z, stages[used[0]], alpha=h * row[used[0]])
