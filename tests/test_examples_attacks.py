@@ -237,7 +237,14 @@ def test_a_gradient_that_is_not_finite_is_an_error(curved):
     """An attack that cannot see a gradient must not report a robust model."""
     model, images, labels = curved
     with pytest.raises(RuntimeError, match="gradient of the ce loss is not finite"):
-        perturb(lambda x: model(x) + (x - x).flatten(1).sum(1, True).sqrt(), images, labels, Threat("l2", 1.0), Attack(), generator())
+        perturb(
+            lambda x: model(x) + (x - x).flatten(1).sum(1, True).sqrt(),
+            images,
+            labels,
+            Threat("l2", 1.0),
+            Attack(),
+            generator(),
+        )
     with pytest.raises(RuntimeError, match="logits are not finite"):
         perturb(lambda x: model(x) * float("nan"), images, labels, Threat("l2", 1.0), Attack(), generator())
 

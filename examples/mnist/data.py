@@ -70,6 +70,11 @@ class Dataset:
         cut = self.train.first(train), self.validation.first(validation), self.test.first(test)
         return Dataset(self.name, *cut, self.banner)
 
+    def to(self, device: torch.device) -> Dataset:
+        """The same data on `device`."""
+        moved = self.train.to(device), self.validation.to(device), self.test.to(device)
+        return Dataset(self.name, *moved, self.banner)
+
 
 def load(where: str | Path | None = None, *, say: Callable[[str], None] = print) -> Dataset:
     """Load MNIST from `where`, else from $ODELAYERS_MNIST, else from the cache folder, else from a public mirror.
@@ -111,14 +116,18 @@ def read_idx(path: Path, sha256: str | None = None) -> Tensor:
             f"found {found} ({len(content):,} bytes); delete the file and fetch it again"
         )
     if len(content) < 4 or content[:3] != b"\x00\x00\x08":
-        raise DataError(f"{path}: expected an IDX file of unsigned bytes (it begins 00 00 08), found {content[:4].hex()}")
+        raise DataError(
+            f"{path}: expected an IDX file of unsigned bytes (it begins 00 00 08), found {content[:4].hex()}"
+        )
     header = 4 + 4 * content[3]
     if len(content) < header:
         raise DataError(f"{path}: truncated: expected a header of {header} bytes, found {len(content)} bytes in all")
     shape = struct.unpack(f">{content[3]}I", content[4:header])
     expected = header + torch.Size(shape).numel()
     if len(content) != expected:
-        raise DataError(f"{path}: expected {expected:,} bytes for the shape {shape} in its header, found {len(content):,}")
+        raise DataError(
+            f"{path}: expected {expected:,} bytes for the shape {shape} in its header, found {len(content):,}"
+        )
     return torch.frombuffer(bytearray(content), dtype=torch.uint8, offset=header).reshape(shape)
 
 

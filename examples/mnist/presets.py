@@ -1,0 +1,151 @@
+"""The presets as data: which models, trained how, attacked how, and on how many images."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from .attacks import Attack, Threat
+from .models import Block
+from .training import Phase
+
+__all__ = ["PRESETS", "Model", "Preset", "Suite"]
+
+NO_EVIDENCE = "a smoke run, not evidence"
+
+
+@dataclass(frozen=True)
+class Model:
+    """One row of the tables. Without phases it takes its weights unchanged from `start`."""
+
+    name: str
+    title: str
+    block: Block
+    start: str | None = None
+    phases: tuple[Phase, ...] = ()
+    regularised: bool = False
+
+
+@dataclass(frozen=True)
+class Suite:
+    """What every model is attacked with: `images` test images, each threat, white-box and through every bypass."""
+
+    images: int
+    threats: tuple[Threat, ...]
+    white_box: tuple[Attack, ...]
+    bypass: tuple[Attack, ...]
+    draws: int  # of the noise, per gradient (EOT)
+    judging_draws: int  # of the noise, per verdict
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A whole study. None for a number of images means all of them."""
+
+    name: str
+    warning: str | None
+    widths: tuple[int, int, int]
+    models: tuple[Model, ...]
+    suite: Suite
+    spectrum_points: int = 100
+    train_images: int | None = None
+    validation_images: int | None = None
+    test_images: int | None = None
+
+
+def _models(features: tuple[Phase, ...], sodef: tuple[Phase, ...], longer: tuple[Phase, ...]) -> tuple[Model, ...]:
+    """The models of the study; only the lengths of their training differ between presets.
+
+    M3 follows the paper: integration to T = 10, Adam on batches of 128, the block, then the whole net, then the block;
+    M1 is M3 without the regulariser. M4 and M5 differ in p alone: same solver, start, steps and order of samples.
+    """
+    ode, noise, quiet = Block("ode"), Block("sde", p=0.1), Block("sde", p=0.0)
+    return (
+        Model("M0", "features + head", Block("none"), None, features),
+        Model("M1", "plain ODE", ode, "M0", sodef),
+        Model("M3", "SODEF", ode, "M0", sodef, regularised=True),
+        Model("M4", "SODEF_0.9", noise, "M3", longer, regularised=True),
+        Model("M5", "SODEF, trained as long", quiet, "M3", longer, regularised=True),
+        Model("M13", "gradient masker", Block("staircase"), "M0"),
+    )
+
+
+def _features(epochs: int) -> tuple[Phase, ...]:
+    return (Phase("all", epochs, lr=3e-3, one_cycle=True),)
+
+
+def _sodef(block: int, whole: int, again: int) -> tuple[Phase, ...]:
+    """The paper's three phases at its learning rate of 1e-3, but for the first.
+
+    From fresh weights 1e-3 needs some ten times as many epochs to meet the constraints: there it is the 1e-2 of the
+    method's official code.
+    """
+    first = Phase("block", block, lr=1e-2, one_cycle=True)
+    return first, Phase("all", whole, one_cycle=True), Phase("block", again, one_cycle=True)
+
+
+def _longer(epochs: int) -> tuple[Phase, ...]:
+    return (Phase("block", epochs, one_cycle=True),)
+
+
+THREATS = (Threat("l2", 0.5), Threat("l2", 1.5), Threat("linf", 0.1))
+
+QUICK = Preset(
+    name="quick",
+    warning=NO_EVIDENCE,
+    widths=(16, 32, 128),
+    models=_models(
+        features=_features(3),
+        sodef=_sodef(1, 1, 1),
+        longer=_longer(3),
+    ),
+    suite=Suite(
+        images=300,
+        threats=THREATS,
+        white_box=(Attack("ce", 30), Attack("margin", 30)),
+        bypass=(Attack("margin", 30),),
+        draws=8,
+        judging_draws=32,
+    ),
+)
+
+SMOKE = replace(
+    QUICK,
+    name="smoke",
+    models=_models(
+        features=_features(2),
+        sodef=_sodef(1, 1, 1),
+        longer=_longer(1),
+    ),
+    suite=Suite(
+        images=40,
+        threats=THREATS[:2],
+        white_box=(Attack("ce", 5), Attack("margin", 5)),
+        bypass=(Attack("margin", 5),),
+        draws=2,
+        judging_draws=8,
+    ),
+    train_images=4_000,
+    validation_images=1_000,
+    test_images=1_000,
+)
+
+FULL = replace(
+    QUICK,
+    name="full",
+    warning=None,
+    models=_models(
+        features=_features(25),
+        sodef=_sodef(10, 5, 10),
+        longer=_longer(20),
+    ),
+    suite=Suite(
+        images=10_000,
+        threats=(*THREATS, Threat("linf", 0.3)),
+        white_box=(Attack("ce", 100, restarts=5), Attack("margin", 100, restarts=5)),
+        bypass=(Attack("ce", 100, restarts=2), Attack("margin", 100, restarts=2)),
+        draws=16,
+        judging_draws=64,
+    ),
+)
+
+PRESETS = {preset.name: preset for preset in (SMOKE, QUICK, FULL)}

@@ -1,0 +1,147 @@
+"""One JSON record per stage, written whole or not at all, so that a study can be killed anywhere and resumed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import odelayers
+
+__all__ = ["Record", "Records", "fingerprint", "read", "save_weights", "write"]
+
+FORMAT = 1  # raise it when a stage's result changes its meaning: older records are then computed again
+
+
+class Record(dict[str, Any]):
+    """What a stage left behind: `stage`, `key`, `config`, `result`, `seconds`, `versions`, `commit`, `finished`."""
+
+    @property
+    def result(self) -> dict[str, Any]:
+        """What the stage computed."""
+        return self["result"]
+
+    @property
+    def key(self) -> str:
+        """The fingerprint of everything the result depends on."""
+        return self["key"]
+
+    @property
+    def file(self) -> str:
+        """The name of the record's file."""
+        return f"{self['stage']}-{self.key}.json"
+
+
+class Records:
+    """The records of one study in one folder.
+
+    A record's file name carries the fingerprint of its stage's configuration, so a changed configuration finds no record
+    and computes again; nothing is reused silently and nothing is overwritten.
+    """
+
+    def __init__(self, out: Path, say: Callable[[str], None] = print) -> None:
+        self.folder = out / "records"
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.say = say
+
+    def stage(self, name: str, config: Mapping[str, Any], compute: Callable[[Path], dict[str, Any]]) -> Record:
+        """The record of a stage, read if it is there, else computed and written.
+
+        `compute` is given a path at which it may save weights; they belong to the record.
+        """
+        config = json.loads(json.dumps(config, default=_plain))
+        key = fingerprint({"format": FORMAT, "versions": _results_depend_on(), "config": config})
+        path = self.folder / f"{name}-{key}.json"
+        if path.exists():
+            record = read(path)
+            self.say(f"{name}: already done ({record['seconds']:.1f} s then)")
+            return record
+        if earlier := sorted(self.folder.glob(f"{name}-{'?' * len(key)}.json")):
+            self.say(f"{name}: {len(earlier)} record(s) of another configuration are left alone; computing this one")
+        started = time.perf_counter()
+        result = compute(path.with_suffix(".pt"))
+        seconds = time.perf_counter() - started
+        record = Record(
+            stage=name, key=key, config=config, result=result, seconds=round(seconds, 3),
+            finished=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), **provenance(),
+        )  # fmt: skip
+        write(path, record)
+        self.say(f"{name}: {seconds:.1f} s")
+        return record
+
+    def weights(self, record: Record) -> Path:
+        """Where the weights of a record lie."""
+        return (self.folder / record.file).with_suffix(".pt")
+
+
+def fingerprint(config: Mapping[str, Any]) -> str:
+    """Twelve hex digits that change with anything in `config`."""
+    text = json.dumps(config, sort_keys=True, default=_plain)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def _plain(value: Any) -> Any:
+    if is_dataclass(value) and not isinstance(value, type):
+        return asdict(value)
+    raise TypeError(f"records: expected JSON values and dataclasses, got {type(value).__name__}: {value!r}")
+
+
+def read(path: Path) -> Record:
+    """Read a record; a file that is none is an error that names it."""
+    try:
+        return Record(json.loads(path.read_text()))
+    except (json.JSONDecodeError, UnicodeDecodeError, TypeError) as error:
+        raise RuntimeError(
+            f"{path}: expected a JSON record, got {error}; delete the file to compute it again"
+        ) from error
+
+
+def write(path: Path, content: Mapping[str, Any]) -> None:
+    """Write JSON under a temporary name and rename it: readers see the whole file or none."""
+    partial = path.with_name(f"{path.name}.{os.getpid()}.part")
+    partial.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
+    os.replace(partial, path)
+
+
+def save_weights(path: Path, model: torch.nn.Module) -> None:
+    """Save a model's state the same way."""
+    partial = path.with_name(f"{path.name}.{os.getpid()}.part")
+    torch.save(model.state_dict(), partial)
+    os.replace(partial, path)
+
+
+def _results_depend_on() -> dict[str, str]:
+    return {"odelayers": odelayers.__version__, "torch": torch.__version__}
+
+
+def provenance() -> dict[str, Any]:
+    """What made a record: versions, machine, and the commit where git knows one."""
+    versions = {"python": platform.python_version(), **_results_depend_on()}
+    return {"versions": versions, "machine": _machine(), "commit": _commit()}
+
+
+def _machine() -> str:
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
+    return f"{name}, {torch.get_num_threads()} threads"
+
+
+def _commit() -> str | None:
+    """The commit of this file's repository, marked where the tree differs from it; None outside git."""
+    here = Path(__file__).parent
+    try:
+        found = subprocess.run(
+            ["git", "describe", "--always", "--abbrev=12", "--dirty", "--exclude=*"],
+            cwd=here, capture_output=True, text=True, check=True, timeout=10,
+        )  # fmt: skip
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return found.stdout.strip()

@@ -1,0 +1,268 @@
+"""The report, drawn from `run.json` and the records alone: tables in Markdown, pictures beside them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from .evaluation import holm, mcnemar, wilson
+from .figures import bars_figure, spectra_figure
+from .records import Record, read
+
+__all__ = ["Results", "write_report"]
+
+SIGNIFICANT = 0.05
+# The paper's table (keep probability, clean, PGD at L2 0.5, SPSA at 0.5), in percent.
+PAPER = {"M3": (1.0, 96.2, 45.2, 40.5), "M4": (0.9, 98.5, 51.2, 49.4)}
+PRIMARY = ("M4", "M5", "L2 0.5")
+
+
+class Results:
+    """The records that `run.json` names."""
+
+    def __init__(self, out: Path) -> None:
+        self.run = read(out / "run.json")
+        folder = out / "records"
+        self.train = {name: read(folder / file) for name, file in self.run["train"].items()}
+        self.clean = {name: read(folder / file) for name, file in self.run["clean"].items()}
+        self.attacks = {
+            threat: {name: read(folder / file) for name, file in files.items()}
+            for threat, files in self.run["attacks"].items()
+        }
+        self.spectra = read(folder / self.run["spectra"])
+        self.masked = self._masked()
+
+    def title(self, name: str) -> str:
+        """What a model is called in tables."""
+        return self.train[name]["config"]["model"]["title"]
+
+    def cell(self, threat: str, name: str, kind: str) -> dict[str, Any] | None:
+        """Per-sample scores of one kind of attack ("clean", "white-box", "bypass", "worst"); None where none was run."""
+        return self.attacks[threat][name].result.get(kind)
+
+    def records(self) -> Iterable[Record]:
+        """Every record of the run."""
+        yield from self.train.values()
+        yield self.spectra
+        yield from self.clean.values()
+        for row in self.attacks.values():
+            yield from row.values()
+
+    def _masked(self) -> dict[tuple[str, str], float]:
+        """Holm-corrected p-value, per threat and model, of "the bypass leaves fewer samples right than white-box"."""
+        raw = {
+            (threat, name): mcnemar(
+                record.result["white-box"]["majority"], record.result["bypass"]["majority"], "greater"
+            )
+            for threat, row in self.attacks.items()
+            for name, record in row.items()
+            if "bypass" in record.result
+        }
+        return dict(zip(raw, holm(list(raw.values())), strict=True))
+
+
+def write_report(out: Path) -> Path:
+    """Draw report.md and its pictures from the records in `out`; returns the report's path."""
+    results = Results(out)
+    pictures = {"accuracy": bars_figure(results, out), "spectra": spectra_figure(results, out)}
+    parts = [
+        _opening(results),
+        _primary(results),
+        _paper(results),
+        *(_threat(results, threat) for threat in results.attacks),
+        f"![accuracy]({pictures['accuracy'].name})\n\n{_masking(results)}",
+        f"![spectra]({pictures['spectra'].name})\n\n{spectra_finding(results)}",
+        _cost(results),
+        _method(results),
+    ]
+    path = out / "report.md"
+    path.write_text("\n\n".join(parts) + "\n")
+    return path
+
+
+def _opening(results: Results) -> str:
+    lines = [
+        f"# Does noise make a stable neural ODE more robust? ({results.run['data']}, preset {results.run['preset']})"
+    ]
+    lines += [f"> **{text}**" for text in (results.run["warning"], results.run["banner"]) if text]
+    lines.append(
+        "Every number in brackets is a Wilson 95 % interval. Accuracy under attack is judged on the model itself, with its "
+        "noise on; for a model that draws noise it is the mean over draws, followed by the accuracy of its most frequent "
+        "answer. *White-box* is the worst, sample by sample, over attacks that use the model's gradient; *bypass* over "
+        "attacks whose gradient goes around the block; *worst* over everything, and that is the robustness reported."
+    )
+    return "\n\n".join(lines)
+
+
+def _table(results: Results, caption: str, header: list[str], rows: list[list[str]]) -> str:
+    warnings = [text for text in (results.run["warning"], results.run["banner"]) if text]
+    note = "".join(f" (*{text}*)" for text in warnings)
+    lines = [header, ["---"] * len(header), *rows]
+    return f"**{caption}**{note}\n\n" + "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def percent(share: float, n: int) -> str:
+    """A share with its interval, in percent."""
+    low, high = wilson(share, n)
+    return f"{100 * share:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
+
+
+def mean(values: Iterable[float]) -> float:
+    """The mean of per-sample scores."""
+    values = list(values)
+    return sum(values) / len(values)
+
+
+def _score(cell: dict[str, Any] | None) -> str:
+    if cell is None:
+        return "-"
+    text = percent(mean(cell["share"]), len(cell["share"]))
+    noisy = any(0 < share < 1 for share in cell["share"])
+    return f"{text} / {100 * mean(cell['majority']):.1f}" if noisy else text
+
+
+def _primary(results: Results) -> str:
+    """The preregistered comparison: the noise against the same training without it."""
+    noise, control, threat = PRIMARY
+    first, second = (results.cell(threat, name, "worst")["majority"] for name in (noise, control))
+    n, p = len(first), mcnemar(first, second)
+    difference = 100 * (mean(first) - mean(second))
+    verdict = "the difference is significant" if p < SIGNIFICANT else "no difference can be claimed"
+    return (
+        "## The question asked in advance\n\n"
+        f"Does {results.title(noise)} (noise on) stand better than the same model trained as long without noise, in the "
+        f"worst case at {threat}? {percent(mean(first), n)} % against {percent(mean(second), n)} % (most frequent answer, "
+        f"{n} images): {difference:+.1f} points, paired McNemar p = {p:.2g}: {verdict} at the {SIGNIFICANT:.0%} level, "
+        "from one seed."
+    )
+
+
+def _paper(results: Results) -> str:
+    threat = PRIMARY[2]
+    rows = []
+    for name, (keep, clean, pgd, spsa) in PAPER.items():
+        white, worst = (_score(results.cell(threat, name, kind)) for kind in ("white-box", "worst"))
+        rows.append([f"{keep:g}", f"{clean}", _clean(results, name), f"{pgd}", white, worst, f"{spsa}"])
+    header = [
+        "keep p",
+        "clean, paper",
+        "clean, ours",
+        "PGD, paper",
+        f"PGD {threat}, ours",
+        "worst, ours",
+        "SPSA, paper",
+    ]
+    return "## The paper's table\n\n" + _table(results, "Accuracy in %, the paper's beside ours", header, rows)
+
+
+def _clean(results: Results, name: str) -> str:
+    result = results.clean[name].result
+    return percent(result["mean"], result["n"])
+
+
+def _threat(results: Results, threat: str) -> str:
+    rows = []
+    for name, record in results.attacks[threat].items():
+        p = results.masked.get((threat, name))
+        flag = "-" if p is None else f"**masked** (p = {p:.1g})" if p < SIGNIFICANT else f"no (p = {p:.2g})"
+        zero = record.result["zero_gradients"]
+        scores = [_score(results.cell(threat, name, kind)) for kind in ("white-box", "bypass", "worst")]
+        rows.append(
+            [
+                name,
+                results.title(name),
+                _clean(results, name),
+                *scores,
+                flag,
+                f"{zero['ce']:.0%} / {zero['margin']:.0%}",
+            ]
+        )
+    n = next(iter(results.attacks[threat].values())).result["n"]
+    header = ["", "model", "clean", "white-box", "bypass", "worst", "masked?", "zero gradients (CE / margin)"]
+    caption = f"Accuracy in % under {threat}, {n} test images (clean: the whole test set)"
+    return f"## Under {threat}\n\n" + _table(results, caption, header, rows)
+
+
+def _masking(results: Results) -> str:
+    """What the flags say, in words."""
+    flagged = sorted({name for (_, name), p in results.masked.items() if p < SIGNIFICANT})
+    if not flagged:
+        return "No bypass beats the white-box attacks by more than chance."
+    parts = []
+    for name in flagged:
+        drops = {t: _drop(results, t, name) for (t, m), p in results.masked.items() if m == name and p < SIGNIFICANT}
+        threat = max(drops, key=lambda t: drops[t][0] - drops[t][1])
+        before, after = drops[threat]
+        parts.append(f"{results.title(name)} ({100 * before:.0f} -> {100 * after:.0f} % at {threat})")
+    rest = [results.title(name) for name in {m: None for _, m in results.masked} if name not in flagged]
+    clear = f"; not of {', '.join(rest)}" if rest else ""
+    return f"Going around the block breaks what white-box attacks leave standing of {', '.join(parts)}{clear}."
+
+
+def _drop(results: Results, threat: str, name: str) -> tuple[float, float]:
+    cells = (results.cell(threat, name, kind) for kind in ("white-box", "worst"))
+    before, after = (mean(cell["share"]) for cell in cells if cell)
+    return before, after
+
+
+def spectra_finding(results: Results) -> str:
+    """What the eigenvalues say, in words."""
+    parts = []
+    for name, field in results.spectra.result.items():
+        title = name if name == "untrained" else results.title(name)
+        parts.append(
+            f"{title} {100 * field['unstable']:.1f} % (mean {field['mean']:.2f}, largest {field['largest']:.2f})"
+        )
+    points = next(iter(results.spectra.result.values()))["points"]
+    return (
+        f"Real parts of the eigenvalues of the field's Jacobian at the same {points} training points. "
+        f"Share above zero: {'; '.join(parts)}."
+    )
+
+
+def _cost(results: Results) -> str:
+    rows = []
+    for name, record in results.train.items():
+        clean = results.clean[name].result
+        attacking = sum(row[name]["seconds"] for row in results.attacks.values())
+        rows.append([
+            name, results.title(name), f"{100 * record.result['validation']:.2f}", f"{record.result['parameters']:,}",
+            f"{record.result['steps']:,}", str(clean["nfe"]), f"{clean['milliseconds_128']:.0f}",
+            f"{record['seconds']:.0f}", f"{attacking:.0f}",
+        ])  # fmt: skip
+    header = ["", "model", "validation, %", "parameters", "steps", "NFE", "ms per 128", "training, s", "attacks, s"]
+    return "## Cost\n\n" + _table(results, "Training, one forward solve, and the attacks on it", header, rows)
+
+
+def _method(results: Results) -> str:
+    config = next(iter(next(iter(results.attacks.values())).values()))["config"]
+    suite, common = config["suite"], next(iter(results.train.values()))["config"]
+    train, validation, test = common["sizes"]
+    recipe = [f"- {name}, {results.title(name)}: {_recipe(record)}" for name, record in results.train.items()]
+    attacks = [
+        f"- {kind}: " + "; ".join(f"{a['loss']} loss, {a['steps']} steps, {a['restarts']} start(s)" for a in suite[key])
+        for kind, key in (("white-box", "white_box"), ("bypass (each route)", "bypass"))
+    ]
+    last = list(results.records())[-1]
+    total = sum(record["seconds"] for record in results.records())
+    versions = ", ".join(f"{name} {version}" for name, version in last["versions"].items())
+    return "\n".join([
+        "## How it was done\n",
+        f"{train:,} training, {validation:,} validation and {test:,} test images; seed {common['seed']}. The training "
+        "follows the paper (T = 10, Adam at 1e-3, batches of 128: the block, the whole net, the block), not the method's "
+        "official code, with fewer epochs. The head is a fixed regular simplex; the regulariser's constants are those of "
+        "the official code. SODEF_0.9 (p_drop = 0.1) and its control start from SODEF and differ in p alone: same "
+        "solver, steps and order of samples. The test set was used once, after all training.\n",
+        *recipe, "", f"Attacks ({suite['draws']} draws of the noise per gradient, {suite['judging_draws']} per verdict), "
+        "FGSM besides in L-inf:\n", *attacks, "",
+        f"All stages together: {total:.0f} s on {last['machine']}; {versions}; commit {last['commit']}.",
+    ])  # fmt: skip
+
+
+def _recipe(record: Record) -> str:
+    model = record["config"]["model"]
+    phases = [f"{p['epochs']} x {p['trains']} at {p['lr']:g}" for p in model["phases"]]
+    start = f"from {model['start']}; " if model["start"] else ""
+    trained = "epochs: " + ", ".join(phases) if phases else "not trained further"
+    return start + trained + (", regularised" if model["regularised"] else "")
