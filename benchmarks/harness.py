@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -41,6 +42,17 @@ def interleaved(runs: dict[str, Callable[[], Any]], rounds: int) -> dict[str, fl
             if turn >= 2:
                 times[name].append((time.perf_counter() - start) * 1e3)
     return {name: statistics.median(values) for name, values in times.items()}
+
+
+def evaluations(f: nn.Module, run: Callable[[], Any]) -> tuple[int, Any]:
+    """How often `run` evaluates `f`, whichever library calls it, and what it returns."""
+    calls: list[None] = []
+    hook = f.register_forward_pre_hook(lambda *_: calls.append(None))
+    try:
+        result = run()
+    finally:
+        hook.remove()
+    return len(calls), result
 
 
 def rows(case: str, medians: dict[str, float], nfe: dict[str, int], error: dict[str, float]) -> list[Row]:

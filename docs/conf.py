@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from typing import Any
+
 import odelayers
 
 project = "odelayers"
@@ -25,3 +28,15 @@ html_theme = "furo"
 html_title = f"odelayers {version}"
 html_static_path = ["_static"]
 
+
+def _plain_bars(app: Any, what: str, name: str, obj: object, options: object, lines: list[str]) -> None:
+    """Keep the bars of |f| in a docstring: reStructuredText would take them for a substitution."""
+    for i, line in enumerate(lines):
+        if not line.lstrip().startswith((">>>", "...")):
+            parts = re.split(r"(`+[^`]*`+)", line)  # code at the odd places
+            lines[i] = "".join(part if k % 2 else part.replace("|", r"\|") for k, part in enumerate(parts))
+
+
+def setup(app: Any) -> None:
+    """Called by sphinx at its start."""
+    app.connect("autodoc-process-docstring", _plain_bars)

@@ -23,7 +23,7 @@ BLOCK = re.compile(r"^```(python|pycon)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 def _run(example: doctest.DocTest) -> str:
     """Run a doctest; return what it says of its failures."""
     said: list[str] = []
-    doctest.DocTestRunner(optionflags=OPTIONS).run(example, out=said.append)
+    doctest.DocTestRunner(optionflags=OPTIONS).run(example, out=said.append, clear_globs=False)
     return "".join(said)
 
 
@@ -35,9 +35,10 @@ def run_page(text: str, name: str) -> str:
         line = text[: block.start()].count("\n") + 1
         if kind == "python":
             exec(compile("\n" * line + code, name, "exec"), namespace)
-        elif said := _run(
-            doctest.DocTest(doctest.DocTestParser().get_examples(code), namespace, name, name, line, code)
-        ):
+            continue
+        example = doctest.DocTest(doctest.DocTestParser().get_examples(code), {}, name, name, line, code)
+        example.globs = namespace  # what one block defines, the next ones know
+        if said := _run(example):
             return said
     return ""
 
