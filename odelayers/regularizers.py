@@ -94,8 +94,8 @@ class LyapunovRegularizer:
             positive_int(self.samples, "LyapunovRegularizer: samples")
 
     @classmethod
-    def sodef_mnist(cls) -> LyapunovRegularizer:
-        """Give the constants of SODEF's official MNIST code (phase 2), which sums over columns.
+    def sodef_mnist(cls, *, samples: int | None = 8) -> LyapunovRegularizer:
+        """Give the constants of SODEF's official MNIST code (phase 2), which sums over columns and takes 8 samples.
 
         >>> LyapunovRegularizer.sodef_mnist().axis
         'column'
@@ -109,7 +109,7 @@ class LyapunovRegularizer:
             diagonal_margin=1.0,
             dominance_margin=1.0,
             axis="column",
-            samples=8,
+            samples=samples,
         )
 
     def __call__(

@@ -218,9 +218,10 @@ def lyapunov_exponents(
     D = z0.shape[1:].numel()
 
     def with_frame(t: Tensor, s: Tensor) -> Tensor:
-        velocity, J = value_and_jacobian(field, s[:, :D].reshape(z0.shape), t)
+        velocity, J = value_and_jacobian(field, s[:, :D].reshape(z0.shape), t, check_finite=False)
         return torch.cat([velocity.flatten(1), (J @ s[:, D:].reshape(-1, D, D)).flatten(1)], 1)
 
+    with_frame.__name__ = field.name  # the solver checks for NaN and inf, and names the field
     system, solver, h = Evaluator(Field.of(with_frame), len(z0)), RK4(steps=1), (t1 - t0) / steps
     z = z0.flatten(1)
     Q = torch.eye(D, dtype=z.dtype, device=z.device).expand(len(z), D, D)

@@ -1,0 +1,278 @@
+"""Batched Jacobians against a per-sample loop of torch.autograd.functional.jacobian, and what may go wrong in them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from odelayers._jacobian import jacobian, jvp
+from odelayers.fields import MLP, ConvexPotential, ConvField, SineField, SkewSymmetric
+
+sin: Callable[[Tensor], Tensor] = lambda z: torch.sin(z)  # noqa: E731 (a builtin has no signature to read)
+ACTIVATIONS = ("relu", "leaky_relu", "tanh", "softplus")
+
+
+def loop(f: Callable[..., Tensor], z: Tensor, create_graph: bool = False) -> Tensor:
+    """The oracle: one Jacobian a sample, each by its own backward passes."""
+    D = z[0].numel()
+    one = torch.autograd.functional.jacobian
+    return torch.stack([one(f, z[i : i + 1], create_graph=create_graph).reshape(D, D) for i in range(len(z))])
+
+
+class Clocked(nn.Module):
+    """A field of time and state, (B, 2, 3)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(3, 3, dtype=torch.float64)
+
+    def forward(self, t: Tensor, z: Tensor) -> Tensor:
+        return torch.tanh(self.linear(z)) * torch.cos(t) + z.flip(1) ** 2
+
+
+def cases() -> list[tuple[nn.Module, Tensor]]:
+    closed = [SineField(5), *(cls(5, activation=a) for cls in (SkewSymmetric, ConvexPotential) for a in ACTIVATIONS)]
+    fields = [(MLP(4, hidden=(7, 6)), (4,)), (ConvField(4), (4, 3, 2)), *((f, (5,)) for f in closed)]
+    return [(f.double(), torch.randn(6, *shape, dtype=torch.float64)) for f, shape in fields]
+
+
+@pytest.mark.parametrize("chunk_size", [None, 1, 3, 1000])
+def test_jacobian_equals_the_loop(chunk_size: int | None) -> None:
+    """Every field of the library, at any chunk size, to 1e-12."""
+    for f, z in cases():
+        torch.testing.assert_close(jacobian(f, z, chunk_size=chunk_size), loop(f, z), rtol=0, atol=1e-12)
+
+
+def test_time_is_passed_on() -> None:
+    """A field f(t, z) is differentiated at the time asked for, in any state shape."""
+    f, z = Clocked(), torch.randn(4, 2, 3, dtype=torch.float64)
+    for t in (0.0, 1.3, torch.tensor(1.3, dtype=torch.float64)):
+        expected = loop(lambda x, t=t: f(torch.as_tensor(t, dtype=torch.float64), x), z)
+        torch.testing.assert_close(jacobian(f, z, t), expected, rtol=0, atol=1e-12)
+
+
+def test_a_row_does_not_depend_on_its_mates() -> None:
+    """Leaving rows out changes nothing in the others."""
+    for f, z in cases():
+        torch.testing.assert_close(jacobian(f, z)[2:4], jacobian(f, z[2:4]), rtol=0, atol=1e-12)
+
+
+def test_jacobian_is_differentiable() -> None:
+    """Gradients of a function of J, to parameters and to z, equal those through the loop."""
+    for f, z in cases():
+        z.requires_grad_()
+        inputs = [*f.parameters(), z]
+        weights = torch.randn(z[0].numel(), z[0].numel(), dtype=torch.float64)
+        ours, oracle = (
+            torch.autograd.grad((torch.sin(J) * weights).sum(), inputs, allow_unused=True, materialize_grads=True)
+            for J in (jacobian(f, z), loop(f, z, create_graph=True))
+        )
+        for a, b in zip(ours, oracle, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
+def test_closed_forms_equal_differentiation() -> None:
+    """f.jacobian of the fields that have one equals autograd through the same field wrapped in a function."""
+    for f, z in cases():
+        if hasattr(f, "jacobian"):
+            torch.testing.assert_close(f.jacobian(z), jacobian(lambda x, f=f: f(x), z), rtol=0, atol=1e-12)
+
+
+class Cube(torch.autograd.Function):
+    """z^3 with a backward of its own, as users write them."""
+
+    @staticmethod
+    def forward(ctx, z: Tensor) -> Tensor:
+        ctx.save_for_backward(z)
+        return z**3
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        (z,) = ctx.saved_tensors
+        return 3 * z**2 * gradient
+
+
+def test_fields_may_differentiate_inside_themselves() -> None:
+    """A gradient flow found by autograd, and a custom autograd.Function, give their exact Jacobians."""
+
+    def descent(z: Tensor) -> Tensor:
+        potential = (z**4).sum() / 4 + (z[:, 0] * z[:, 1]).sum()
+        return -torch.autograd.grad(potential, z, create_graph=True)[0]
+
+    z = torch.randn(5, 2, dtype=torch.float64)
+    cubic = torch.diag_embed(3 * z**2)
+    torch.testing.assert_close(jacobian(lambda z: Cube.apply(z), z), cubic, rtol=0, atol=1e-12)
+    swap = torch.tensor([[0.0, 1.0], [1.0, 0.0]])
+    torch.testing.assert_close(jacobian(descent, z), -cubic - swap, rtol=0, atol=1e-12)
+
+
+class Doubling(nn.Module):
+    """f(z) = 2z, with a Jacobian of its own that is recognisable, and wrong by 1e-3."""
+
+    def forward(self, z: Tensor) -> Tensor:
+        return 2 * z
+
+    def jacobian(self, z: Tensor) -> Tensor:
+        return 2.001 * torch.eye(z.shape[1], dtype=z.dtype).expand(len(z), -1, -1)
+
+
+class Tripling(Doubling):
+    """A subclass that replaces forward alone."""
+
+    def forward(self, z: Tensor) -> Tensor:
+        return 3 * z
+
+
+def test_a_closed_form_is_used_only_where_it_speaks_of_the_forward_that_runs() -> None:
+    """Used as it stands; passed over for a subclass with another forward, a hook, or a forward set on the object."""
+    z = torch.ones(2, 3)
+    assert jacobian(Doubling(), z)[0, 0, 0].item() == pytest.approx(2.001)
+    assert jacobian(Tripling(), z)[0, 0, 0].item() == 3
+    hooked, patched = Doubling(), Doubling()
+    hooked.register_forward_hook(lambda module, args, out: 5 * out)
+    assert jacobian(hooked, z)[0, 0, 0].item() == 10
+    patched.forward = lambda z: 7 * z
+    assert jacobian(patched, z)[0, 0, 0].item() == 7
+
+
+def test_verify_finds_a_wrong_closed_form() -> None:
+    """An error of 1e-3 in f.jacobian is reported as such; without verify it passes (control)."""
+    with pytest.raises(ValueError, match=r"Doubling.jacobian is not the derivative of the field at rows \[0, 1\]"):
+        jacobian(Doubling(), torch.ones(2, 3, dtype=torch.float64), verify=True)
+    assert jacobian(Doubling(), torch.ones(2, 3, dtype=torch.float64))[0, 0, 0] == 2.001
+
+
+def test_verify_accepts_every_field_of_the_library() -> None:
+    """Rows that do not interact pass, in double and in single precision."""
+    for f, z in cases():
+        jacobian(f, z, verify=True)
+        jacobian(f.float(), z.float(), verify=True)
+    jacobian(Clocked(), torch.randn(4, 2, 3, dtype=torch.float64), 0.7, verify=True)
+
+
+@pytest.mark.parametrize(
+    "f",
+    [lambda z: z - z.mean(0), lambda z: z.flip(0), lambda z: torch.softmax(z, 0), lambda z: z + 1e-4 * z.sum(0)],
+    ids=["mean", "flip", "softmax", "faint"],
+)
+def test_verify_finds_rows_that_interact(f: Callable[[Tensor], Tensor]) -> None:
+    """Coupled rows are reported; without verify the answer is silently wrong (control)."""
+    z = torch.randn(5, 3, dtype=torch.float64)
+    with pytest.raises(ValueError, match=r"rows of z interact inside field <lambda>"):
+        jacobian(f, z, verify=True)
+    true = torch.autograd.functional.jacobian(f, z).diagonal(dim1=0, dim2=2).movedim(-1, 0)
+    assert (jacobian(f, z) - true).abs().max() > 1e-5
+
+
+def test_verify_asks_for_eval_where_dropout_is_active() -> None:
+    """Two evaluations with different masks cannot be compared; in eval they can."""
+    f = nn.Sequential(nn.Linear(3, 3), nn.Dropout(0.5))
+    with pytest.raises(ValueError, match="Dropout"):
+        jacobian(f, torch.randn(4, 3), verify=True)
+    jacobian(f.eval(), torch.randn(4, 3), verify=True)
+
+
+def test_batchnorm_is_refused_in_training_and_works_in_eval() -> None:
+    """Batch statistics couple the rows; the message names the remedy, which works."""
+    f, z = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3)).double(), torch.randn(4, 3, dtype=torch.float64)
+    with pytest.raises(ValueError, match=r"BatchNorm1d .* GroupNorm .* \.eval\(\)"):
+        jacobian(f, z)
+    torch.testing.assert_close(jacobian(f.eval(), z), loop(f, z), rtol=0, atol=1e-12)
+
+
+def test_the_answer_carries_a_graph_only_when_there_is_something_to_train() -> None:
+    """No graph under no_grad, in inference mode, or without parameters; one for a parameter that a closure holds."""
+    z, weight = torch.randn(4, 3), torch.randn(3, 3, requires_grad=True)
+    frozen = MLP(3).requires_grad_(False)
+    assert not jacobian(sin, z).requires_grad
+    assert not jacobian(frozen, z).requires_grad
+    assert jacobian(lambda x: torch.sin(x @ weight), z).requires_grad
+    assert jacobian(frozen, z.clone().requires_grad_()).requires_grad
+    with torch.no_grad():
+        silent = jacobian(MLP(3), z.clone().requires_grad_())
+    assert not silent.requires_grad
+    with torch.inference_mode():
+        torch.testing.assert_close(jacobian(sin, torch.zeros(4, 3)), torch.eye(3).expand(4, 3, 3))
+
+
+def test_the_users_tensors_are_left_alone() -> None:
+    """z keeps its flags, and no gradient is written anywhere."""
+    f, z = MLP(3), torch.randn(4, 3)
+    jacobian(f, z)
+    assert not z.requires_grad
+    assert all(p.grad is None for p in f.parameters())
+
+
+def test_a_field_that_ignores_z_has_the_jacobian_zero() -> None:
+    """Constant fields, with and without parameters, and empty batches."""
+    bias = nn.Parameter(torch.ones(3))
+    for f in (lambda z: torch.zeros_like(z), lambda z: bias.expand_as(z), lambda z: z.detach()):
+        assert torch.equal(jacobian(f, torch.randn(4, 3)), torch.zeros(4, 3, 3))
+    assert jacobian(MLP(3), torch.zeros(0, 3)).shape == (0, 3, 3)
+
+
+@pytest.mark.parametrize(
+    ("f", "z", "error", "words"),
+    [
+        (sin, torch.zeros(4, 3, dtype=torch.int64), TypeError, "int64"),
+        (sin, [1.0], TypeError, "list"),
+        (sin, torch.tensor(1.0), ValueError, "0-d"),
+        (lambda z: z[:, :2], torch.zeros(4, 3), ValueError, r"\(4, 3\).*\(4, 2\)"),
+        (lambda z: z.sum(1, keepdim=True), torch.zeros(4, 3), ValueError, r"\(4, 3\).*\(4, 1\)"),
+        (lambda z: z > 0, torch.zeros(4, 3), TypeError, "bool"),
+        (lambda z: (z,), torch.zeros(4, 3), TypeError, "tuple"),
+        (nn.Linear(3, 3), torch.zeros(4, 3, dtype=torch.float64), TypeError, "float32"),
+        (sin, torch.tensor([[0.0], [math.nan], [math.inf]]), ValueError, r"z: .* 2 of 3 rows \(1, 2\)"),
+        (lambda z: z.log(), torch.tensor([[1.0], [-1.0]]), ValueError, r"f\(z\): .* 1 of 2 rows \(1\)"),
+        (lambda z: z.sqrt(), torch.tensor([[1.0], [0.0]]), ValueError, r"J: .* 1 of 2 rows \(1\)"),
+    ],
+)
+def test_bad_input_is_named(f: Callable[..., Tensor], z: object, error: type[Exception], words: str) -> None:
+    """Typed errors that say what, where, expected and got."""
+    with pytest.raises(error, match=words):
+        jacobian(f, z)
+
+
+def test_a_closed_form_of_the_wrong_shape_and_a_bad_chunk_size_are_named() -> None:
+    """The method's shape is checked, and chunk_size is an int >= 1."""
+    f = Doubling()
+    f.jacobian = lambda z: z
+    with pytest.raises(ValueError, match=r"Doubling.jacobian: expected shape \(2, 3, 3\), got \(2, 3\)"):
+        jacobian(f, torch.zeros(2, 3))
+    with pytest.raises(ValueError, match="chunk_size"):
+        jacobian(sin, torch.zeros(2, 3), chunk_size=0)
+
+
+def test_jvp_equals_the_jacobian_times_the_vector() -> None:
+    """J v in any state shape, differentiable, and also under no_grad."""
+    for f, z in cases():
+        v = torch.randn_like(z)
+        expected = (jacobian(f, z) @ v.flatten(1).unsqueeze(-1)).view_as(z)
+        found = jvp(f, z, v)
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+        parameters = list(f.parameters())
+        weights = torch.randn_like(z)
+        ours, oracle = (
+            torch.autograd.grad((out * weights).sum(), parameters, allow_unused=True, materialize_grads=True)
+            for out in (found, expected)
+        )
+        for a, b in zip(ours, oracle, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+        with torch.no_grad():
+            torch.testing.assert_close(jvp(f, z, v), expected.detach(), rtol=0, atol=1e-12)
+    with pytest.raises(ValueError, match="shape of z"):
+        jvp(sin, torch.zeros(2, 3), torch.zeros(3))
+
+
+@pytest.mark.cuda
+def test_jacobians_stay_on_cuda() -> None:
+    """On CUDA tensors the Jacobians are there too and equal the CPU's."""
+    for f, z in cases():
+        expected = jacobian(f, z)
+        found = jacobian(f.cuda(), z.cuda(), verify=True)
+        assert found.is_cuda
+        torch.testing.assert_close(found.cpu(), expected, rtol=0, atol=1e-10)

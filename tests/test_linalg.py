@@ -1,0 +1,182 @@
+"""Spectra of matrices and the bounds on them, against dense loops, scipy and the theorems that they stand for."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import scipy.linalg
+import torch
+from hypothesis import given, strategies as st
+from torch import Tensor
+
+from odelayers._linalg import gershgorin, log_norm, spectral_abscissa
+
+NORMS = (1, 2, math.inf)
+
+
+def matrices(complex_entries: bool = False) -> st.SearchStrategy[Tensor]:
+    """Batches of three matrices in double precision, n <= 6, from a seed."""
+
+    def build(seed: int, n: int) -> Tensor:
+        dtype = torch.complex128 if complex_entries else torch.float64
+        return torch.randn(3, n, n, dtype=dtype, generator=torch.Generator().manual_seed(seed))
+
+    return st.builds(build, st.integers(0, 2**32), st.integers(1, 6))
+
+
+def any_matrices() -> st.SearchStrategy[Tensor]:
+    return matrices() | matrices(complex_entries=True)
+
+
+@given(any_matrices(), st.sampled_from(["row", "column"]))
+def test_gershgorin_sums_off_the_diagonal(J: Tensor, axis: str) -> None:
+    """Centres and radii equal a loop over entries, for rows and for columns, real and complex."""
+    centres, radii = gershgorin(J, axis)
+    for b, A in enumerate(J if axis == "row" else J.mT):
+        for i in range(len(A)):
+            assert centres[b, i] == A[i, i]
+            assert math.isclose(radii[b, i], sum(abs(A[i, j].item()) for j in range(len(A)) if j != i), abs_tol=1e-12)
+
+
+def test_gershgorin_keeps_a_radius_far_smaller_than_the_diagonal() -> None:
+    """A radius of 1e-12 beside a diagonal of 1e8 is not rounded away."""
+    assert gershgorin(torch.tensor([[1e8, 1e-12], [0.0, 1.0]]))[1].tolist() == [pytest.approx(1e-12), 0.0]
+
+
+@given(any_matrices(), st.sampled_from(["row", "column"]))
+def test_every_eigenvalue_lies_in_a_disc(J: Tensor, axis: str) -> None:
+    """Gershgorin's theorem: each eigenvalue (by scipy) is within a radius of its centre."""
+    centres, radii = gershgorin(J, axis)
+    for A, c, r in zip(J, centres, radii, strict=True):
+        for value in scipy.linalg.eigvals(A.numpy()):
+            assert ((c - value).abs() <= r + 1e-10).any()
+
+
+@given(any_matrices(), st.sampled_from(NORMS))
+def test_log_norm_is_the_derivative_of_the_norm_at_the_identity(J: Tensor, p: float) -> None:
+    """mu_p(J) = lim (||I + hJ||_p - 1) / h as h falls to 0, by its definition."""
+    h = 1e-7
+    quotient = (torch.linalg.matrix_norm(torch.eye(J.shape[-1]) + h * J, ord=p) - 1) / h
+    torch.testing.assert_close(log_norm(J, p), quotient, atol=1e-5, rtol=0)
+
+
+@given(any_matrices(), st.sampled_from(NORMS), st.floats(0.0, 3.0))
+def test_log_norm_bounds_the_flow_and_the_abscissa(J: Tensor, p: float, t: float) -> None:
+    """||e^{Jt}||_p <= e^{mu_p t}, and the spectral abscissa is at most mu_p."""
+    mu = log_norm(J, p)
+    growth = torch.linalg.matrix_norm(torch.linalg.matrix_exp(J * t), ord=p)
+    assert (growth <= torch.exp(mu * t) * (1 + 1e-9)).all()
+    assert (spectral_abscissa(J) <= mu + 1e-10).all()
+
+
+@given(any_matrices(), st.sampled_from([("row", math.inf), ("column", 1)]), st.floats(1e-3, 1.0))
+def test_dominance_of_the_real_part_gives_stability(J: Tensor, which: tuple[str, float], gap: float) -> None:
+    """Theorem 4, corrected: Re a_ii < -R_i for all i gives abscissa <= max(Re a_ii + R_i) < 0, equal to mu."""
+    axis, p = which
+    _, radii = gershgorin(J, axis)
+    A = J - torch.diag_embed(J.diagonal(dim1=-2, dim2=-1).real + radii + gap).to(J.dtype)
+    centres, radii = gershgorin(A, axis)
+    bound = (centres.real + radii).amax(-1)
+    torch.testing.assert_close(bound, torch.full_like(bound, -gap))
+    torch.testing.assert_close(log_norm(A, p), bound)
+    assert (spectral_abscissa(A) <= bound + 1e-10).all()
+
+
+def test_dominance_of_the_modulus_alone_does_not() -> None:
+    """Control: [[-1+10i, 5], [5, -1+10i]] is dominant with negative real diagonal, and its abscissa is +4."""
+    A = torch.tensor([[[-1 + 10j, 5], [5, -1 + 10j]]], dtype=torch.complex128)
+    centres, radii = gershgorin(A)
+    assert (centres.abs() > radii).all() and (centres.real < 0).all()
+    assert spectral_abscissa(A).item() == pytest.approx(4.0)
+    assert log_norm(A, math.inf).item() == pytest.approx(4.0)
+
+
+@given(matrices(), st.floats(0.05, 1.0))
+def test_a_negative_abscissa_is_decay_and_a_positive_one_growth(J: Tensor, gap: float) -> None:
+    """Theorem 3: ||e^{At}|| tends to 0 when the abscissa is -gap, and e^{gap t} <= ||e^{At}|| when it is +gap."""
+    abscissa = torch.tensor([max(scipy.linalg.eigvals(A.numpy()).real) for A in J], dtype=torch.float64)
+    torch.testing.assert_close(spectral_abscissa(J), abscissa, atol=1e-9, rtol=0)
+    centred = J - abscissa[:, None, None] * torch.eye(J.shape[-1])
+    t, identity = 40 / gap, torch.eye(J.shape[-1])
+    assert (torch.linalg.matrix_norm(torch.linalg.matrix_exp((centred - gap * identity) * t), 2) < 1e-3).all()
+    grown = torch.linalg.matrix_norm(torch.linalg.matrix_exp(centred + gap * identity), 2)
+    assert (grown >= math.exp(gap) * (1 - 1e-6)).all()
+
+
+def test_eigenvalues_on_the_axis_may_rotate_or_grow() -> None:
+    """Theorem 3 at abscissa 0: a rotation stays bounded, the Jordan block [[0,1],[0,0]] does not."""
+    rotation = torch.tensor([[0.0, 1.0], [-1.0, 0.0]], dtype=torch.float64)
+    jordan = torch.tensor([[0.0, 1.0], [0.0, 0.0]], dtype=torch.float64)
+    assert spectral_abscissa(torch.stack([rotation, jordan])).tolist() == pytest.approx([0.0, 0.0])
+    assert torch.linalg.matrix_norm(torch.linalg.matrix_exp(rotation * 1000), 2).item() == pytest.approx(1.0)
+    assert torch.linalg.matrix_norm(torch.linalg.matrix_exp(jordan * 1000), 2).item() > 999
+
+
+def test_a_stable_matrix_may_grow_first() -> None:
+    """Control: [[-1,100],[0,-1]] has abscissa -1 and grows at first at the rate of its log norm, 49."""
+    A = torch.tensor([[-1.0, 100.0], [0.0, -1.0]], dtype=torch.float64)
+    assert spectral_abscissa(A).item() == -1.0
+    assert log_norm(A, 2).item() == pytest.approx(49.0)
+    assert torch.linalg.matrix_norm(torch.linalg.matrix_exp(A), 2).item() > 30
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("ask", [spectral_abscissa, *(lambda J, p=p: log_norm(J, p) for p in NORMS)])
+def test_nan_and_inf_never_reach_lapack(ask, bad: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rows are named before any eigenvalue routine is called: on such input it can kill the process."""
+
+    def reached(*_: object) -> None:
+        raise RuntimeError("LAPACK was reached")
+
+    monkeypatch.setattr(torch.linalg, "eigvals", reached)
+    monkeypatch.setattr(torch.linalg, "eigvalsh", reached)
+    J = torch.zeros(5, 3, 3)
+    J[1, 0, 2] = J[4, 2, 2] = bad
+    with pytest.raises(ValueError, match=r"NaN or inf in 2 of 5 rows \(1, 4\)"):
+        ask(J)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_computed_in_float32(dtype: torch.dtype) -> None:
+    """Halves give what their exact values give in float32."""
+    J = torch.randn(4, 5, 5).to(dtype)
+    torch.testing.assert_close(spectral_abscissa(J), spectral_abscissa(J.float()), rtol=0, atol=0)
+    for p in NORMS:
+        torch.testing.assert_close(log_norm(J, p), log_norm(J.float(), p), rtol=0, atol=0)
+
+
+def test_batches_may_be_empty_or_have_several_axes() -> None:
+    """Shapes follow the batch: none, empty, or several axes, equal to a loop over them."""
+    J = torch.randn(2, 3, 4, 4, dtype=torch.float64)
+    looped = torch.stack([torch.stack([spectral_abscissa(A) for A in row]) for row in J])
+    torch.testing.assert_close(spectral_abscissa(J), looped)
+    assert spectral_abscissa(torch.zeros(0, 3, 3)).shape == (0,)
+    assert [log_norm(torch.zeros(0, 3, 3), p).shape for p in NORMS] == [(0,)] * 3
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "words"),
+    [
+        (lambda: gershgorin(torch.zeros(2, 2), "rows"), ValueError, "'row', 'column'"),
+        (lambda: log_norm(torch.zeros(2, 2), 3), ValueError, "1, 2 or math.inf"),
+        (lambda: spectral_abscissa(torch.zeros(2, 2), "power"), ValueError, "'eig'"),
+        (lambda: spectral_abscissa(torch.zeros(2, 3)), ValueError, r"square .* \(2, 3\)"),
+        (lambda: spectral_abscissa(torch.zeros(2, 2, dtype=torch.int64)), TypeError, "int64"),
+        (lambda: gershgorin([[1.0]]), TypeError, "list"),
+    ],
+)
+def test_wrong_arguments_are_refused(call, error: type[Exception], words: str) -> None:
+    """Each error names what was expected and what came."""
+    with pytest.raises(error, match=words):
+        call()
+
+
+@pytest.mark.cuda
+def test_everything_runs_on_cuda() -> None:
+    """On CUDA tensors the answers stay there and equal the CPU's."""
+    J = torch.randn(8, 6, 6, dtype=torch.float64)
+    for ask in (spectral_abscissa, *(lambda J, p=p: log_norm(J, p) for p in NORMS)):
+        found = ask(J.cuda())
+        assert found.is_cuda
+        torch.testing.assert_close(found.cpu(), ask(J))
