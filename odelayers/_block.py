@@ -124,6 +124,8 @@ class Block(nn.Module):
         where = self._where
         isolate = _checks.one_of(on_failure or self.on_failure, f"{where}: on_failure", ON_FAILURE) == "isolate"
         z = _checks.state(z, where)
+        if generator is not None and not isinstance(generator, torch.Generator):
+            raise TypeError(f"{where}: generator: expected a torch.Generator, got {type(generator).__name__}")
         half = z.dtype if z.dtype in _checks.half_precision else None
         z0 = self._enter(z if half is None else z.float())
         times = self._times(z0, ts, t1, generator)

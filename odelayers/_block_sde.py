@@ -55,6 +55,8 @@ class NoisyBlock(Block):
             device = "cpu" if generator is None else generator.device
             seeds = torch.randint(2**31, (n,), generator=generator, device=device)
             return replace(source, seeds=tuple(seeds.tolist()))
+        if not isinstance(given, Tensor):
+            raise TypeError(f"{self._where}: noise: expected a Tensor of increments, got {type(given).__name__}")
         if not isinstance(self.solver, FixedGrid):
             raise ValueError(
                 f"{self._where}: noise: {self.solver!r} draws its own path; give increments to an own solver"

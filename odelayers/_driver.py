@@ -51,24 +51,31 @@ class Uniform:
         return self.a + (self.b - self.a) * torch.rand((), generator=generator, device=device).item()
 
 
+def _against(per_row: Tensor, ndim: int) -> Tensor:
+    """A 0-d or `(B,)` tensor, shaped to broadcast against a state of `ndim` axes."""
+    return per_row if per_row.ndim == 0 else per_row.reshape(-1, *[1] * (ndim - 1))
+
+
 @dataclass(frozen=True)
 class Clock:
     """`dt`: the solver's time s is the field's time, or t = start + rate s where the end time is a tensor.
 
-    With a rate the solver runs over s in [0, 1]: per-sample and differentiable end times are then ordinary factors of
-    the field, and their gradient is that of the steps taken. `start` and `rate` broadcast against the state.
+    With a rate, 0-d or `(B,)`, the solver runs over s in [0, 1]: per-sample and differentiable end times are then
+    ordinary factors of the field, and their gradient is that of the steps taken. The field's time broadcasts against
+    a state of `ndim` axes.
     """
 
-    start: Tensor | float = 0.0
+    start: float = 0.0
     rate: Tensor | None = None
+    ndim: int = 2
 
     def time(self, s: Time) -> Time:
         """The field's time at the solver's time s."""
-        return s if self.rate is None else self.start + self.rate * s
+        return s if self.rate is None else self.start + _against(self.rate, self.ndim) * s
 
     def dt(self, h: float) -> Tensor | float:
         """The field's time that passes in a step of length h."""
-        return h if self.rate is None else h * self.rate
+        return h if self.rate is None else h * _against(self.rate, self.ndim)
 
     def take(self, rows: Tensor) -> Clock:
         """The same clock for these rows of the batch alone."""
@@ -78,11 +85,12 @@ class Clock:
 
     def terms(self, f: Evaluate, s: Time, z: Tensor) -> Terms:
         """What this driver needs of the field at (s, z); one evaluation."""
-        dz = f(self.time(s), z)
-        return (dz if self.rate is None else self.rate * dz,)
+        if self.rate is None:
+            return (f(s, z),)
+        return (_against(self.rate, z.ndim) * f(self.time(s), z),)
 
     def advance(self, z: Tensor, terms: Terms, h: float, dw: Any) -> Tensor:
-        """Z plus the increment of one step of length h."""
+        """Give z plus the increment of one step of length h."""
         return torch.add(z, terms[0], alpha=h)
 
     def noise_coefficient(self, f: Evaluate, s: Time, z: Tensor) -> Tensor:
@@ -129,7 +137,7 @@ class Brownian:
         generator = torch.Generator(self.device).manual_seed(self.seeds[index])
         dw = torch.randn(self.shape, generator=generator, dtype=self.dtype, device=self.device).mul_(abs(h) ** 0.5)
         dw = dw if self.rows is None else dw[self.rows]
-        return dw if self.rate is None else dw * self.rate.sqrt()
+        return dw if self.rate is None else dw * _against(self.rate, dw.ndim).sqrt()
 
     def take(self, rows: Tensor) -> Brownian:
         """The same noise for these rows of the batch alone."""
@@ -163,7 +171,7 @@ class NoisyClock:
         return (f(self.time(s), z),)
 
     def advance(self, z: Tensor, terms: Terms, h: float, dw: Any) -> Tensor:
-        """Z + f (h + sigma dW)."""
+        """Give z + f (h + sigma dW)."""
         after: Tensor = z + terms[0] * (self.clock.dt(h) + self.sigma * dw)
         return after
 
@@ -194,7 +202,7 @@ class Diffusion:
         return (*self.clock.terms(f, s, z), self.noise_coefficient(f, s, z))
 
     def advance(self, z: Tensor, terms: Terms, h: float, dw: Any) -> Tensor:
-        """Z + f h + g dW."""
+        """Give z + f h + g dW."""
         after: Tensor = self.clock.advance(z, terms, h, None) + terms[1] * dw
         return after
 

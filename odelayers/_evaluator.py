@@ -28,6 +28,7 @@ class Evaluator:
     def __init__(self, field: Field, batch: int, half: torch.dtype | None = None, on_call: tuple[OnCall, ...] = ()):
         self.field, self.batch, self.half, self.on_call = field, batch, half, on_call
         self.nfe = 0
+        self.inspect: Callable[[Tensor, Tensor], None] | None = None  # sees the first value and its state
 
     def take(self, rows: Tensor) -> Evaluator:
         """A fresh evaluator for these rows of the batch alone."""
@@ -40,7 +41,8 @@ class Evaluator:
             notify()
         if self.nfe == 1 and not traced():
             return self._first(t, z)
-        return self._evaluate(t, z).to(z.dtype)
+        dz = self._evaluate(t, z)
+        return dz if dz.dtype == z.dtype else dz.to(z.dtype)
 
     def _evaluate(self, t: Tensor | float, z: Tensor) -> Tensor:
         if self.half is None:
@@ -50,10 +52,12 @@ class Evaluator:
 
     def _first(self, t: Tensor | float, z: Tensor) -> Tensor:
         """The solve's own first evaluation, on a copy of z, so that a field that writes into z harms nothing."""
-        copy = z.clone()
+        recording = torch.is_grad_enabled()
+        copy = z.clone() if recording or self.inspect is None else z.detach().clone()
         version = None if copy.is_inference() else copy._version
         try:
-            dz = self._evaluate(t, copy)
+            with torch.set_grad_enabled(recording or self.inspect is not None):
+                dz = self._evaluate(t, copy)
         except RuntimeError as error:
             self._explain(error, z)
             raise
@@ -73,6 +77,9 @@ class Evaluator:
                 f"{where}: the field changed its input z in place; a solver evaluates it several times at one state: "
                 f"use the out-of-place operation (z * 2, not z.mul_(2); inplace=False)"
             )
+        if self.inspect is not None:
+            self.inspect(dz, copy)
+            dz = dz if recording else dz.detach()
         return dz.to(z.dtype)
 
     def _explain(self, error: RuntimeError, z: Tensor) -> None:

@@ -50,6 +50,15 @@ class SolveError(RuntimeError):
         rows: indices of the failed rows in the batch handed to the block.
         t: the times at which they failed, one per row, in the field's time.
         status: why, a `Status`.
+
+    Example:
+        >>> import torch, odelayers
+        >>> block = odelayers.ODEBlock(lambda z: z**2, t1=2.0)
+        >>> try:
+        ...     block(torch.ones(1, 1))
+        ... except odelayers.SolveError as error:
+        ...     print(error.status.name, error.rows, round(error.t[0], 2))
+        BLOW_UP (0,) 1.0
     """
 
     def __init__(self, where: str, rows: tuple[int, ...], t: tuple[float, ...], status: Status, note: str = "") -> None:
@@ -67,7 +76,18 @@ class SolveError(RuntimeError):
 
 
 class GradientError(RuntimeError):
-    """A gradient that would be wrong, refused: what is lost, and what to use in its place."""
+    """A gradient that would be wrong, refused: what is lost, and what to use in its place.
+
+    Example:
+        >>> import torch, odelayers
+        >>> scale = torch.ones(1, requires_grad=True)
+        >>> block = odelayers.ODEBlock(lambda z: -scale * z, gradient=odelayers.Checkpoint())
+        >>> try:
+        ...     block(torch.ones(1, 1))
+        ... except odelayers.GradientError as error:
+        ...     print("neither a parameter of the field nor its context" in str(error))
+        True
+    """
 
 
 @dataclass(frozen=True)
@@ -80,6 +100,12 @@ class Stats:
         rejected: steps tried and thrown away by the step size control.
         status: `(B,)` integers, a `Status` per row (0 is OK).
         failed_at: `(B,)` the time at which a row failed, NaN for a healthy one.
+
+    Example:
+        >>> import torch, odelayers
+        >>> stats = odelayers.ODEBlock(lambda z: -z, solver=odelayers.RK4(steps=5)).solve(torch.ones(2, 1)).stats
+        >>> stats.nfe, stats.accepted, stats.rejected, stats.status.tolist()
+        (20, 5, 0, [0, 0])
     """
 
     nfe: int
@@ -98,6 +124,12 @@ class Solution:
         zs: `(T, B, ...)` states at these times.
         stats: evaluations, steps and the status of every row.
         running: one `(B,)` integral over the solve for each running regulariser.
+
+    Example:
+        >>> import torch, odelayers
+        >>> solution = odelayers.ODEBlock(lambda z: -z).solve(torch.ones(2, 3), ts=[0.0, 0.5, 1.0])
+        >>> solution.zs.shape, solution.final.shape
+        (torch.Size([3, 2, 3]), torch.Size([2, 3]))
     """
 
     ts: Tensor

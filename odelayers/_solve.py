@@ -81,7 +81,7 @@ def solve(problem: Problem, solver: Solver, gradient: Gradient, isolate: bool) -
             path = gradient.solve(solver, f, part.z0, part.ts, part.driver)
             break
         except SolveError as error:
-            if not isolate:
+            if not isolate or not error.rows:
                 raise
             nfe += f.nfe
             failed = rows[list(error.rows)]

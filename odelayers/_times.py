@@ -62,5 +62,5 @@ def end_times(t0: float, t1: float | Tensor, like: Tensor, where: str) -> Times:
     if t1.ndim == 0 and not t1.requires_grad:
         return end_times(t0, float(t1), like, where)
     end = t1.to(device=like.device, dtype=like.dtype)
-    rate = (end - t0).reshape(-1, *[1] * (like.ndim - 1)) if end.ndim else end - t0
-    return Times(torch.stack([torch.full_like(end, t0), end]).detach(), (0.0, 1.0), Clock(t0, rate))
+    reported = torch.stack([torch.full_like(end, t0), end]).detach()
+    return Times(reported, (0.0, 1.0), Clock(t0, end - t0, like.ndim))

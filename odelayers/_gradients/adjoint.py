@@ -8,7 +8,6 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from odelayers._checks import positive_number
 from odelayers._driver import Clock, Driver
@@ -66,7 +65,7 @@ class Adjoint(Gradient):
     def solve(self, solver: Solver, f: Evaluator, z0: Tensor, ts: Sequence[float], driver: Driver) -> Path:
         if not torch.is_grad_enabled():
             return solver.integrate(f, z0, ts, driver)
-        wanted = wanted_tensors(f, z0, driver, ts[0])
+        wanted = wanted_tensors(f, driver)
         if isinstance(solver, TorchSDE) or (isinstance(solver, TorchDiffEq) and solver.method != "scipy_solver"):
             path: Path = solver.integrate(f, z0, ts, driver, adjoint=tuple(wanted))
             return path
@@ -97,10 +96,11 @@ class _Backward:
         self.accepted, self.rejected = path.accepted, path.rejected
         return path.zs
 
-    def backward(self, zs: Tensor, gradient: Tensor) -> list[Tensor]:
+    def backward(self, zs: Tensor, gradient: Tensor) -> list[Tensor | None]:
         """Solve for (z, a, dL/dtheta) from the last output time to the first, re-anchored at each of them."""
         n, shape = zs[0].numel(), zs[0].shape
-        equation = Evaluator(_AdjointField(self.f, self.clock, self.wanted, shape), 1)
+        field = _AdjointField(self.f, self.clock, self.wanted, shape)
+        equation = Evaluator(cast(Field, field), 1)
         totals = torch.cat([torch.zeros_like(x).reshape(-1) for x in self.wanted]) if self.wanted else zs.new_empty(0)
         a = gradient[-1]
         for i in range(len(self.ts) - 1, 0, -1):
@@ -110,7 +110,8 @@ class _Backward:
             self._check_drift(y[:n].view(shape), zs[i - 1], self.ts[i - 1])
             a, totals = y[n : 2 * n].view(shape) + gradient[i - 1], y[2 * n :]
         parts = torch.split(totals, [x.numel() for x in self.wanted]) if self.wanted else ()
-        return [a, *(part.view(x.shape) for part, x in zip(parts, self.wanted, strict=True))]
+        shaped = [part.view(x.shape) for part, x in zip(parts, self.wanted, strict=True)]
+        return [a, *(g if used else None for g, used in zip(shaped, field.used, strict=True))]
 
     def _check_drift(self, recovered: Tensor, stored: Tensor, t: float) -> None:
         size = stored.flatten(1).norm(dim=1)
@@ -131,18 +132,12 @@ def _sample_norm(error: Tensor, n: int, shape: torch.Size) -> Tensor:
     return row_rms(pair).amax().unsqueeze(0)
 
 
-class _AdjointField(Field):
+class _AdjointField:
     """The right-hand side (f, -a df/dz, -a df/dtheta) over a flat state."""
 
     def __init__(self, f: Evaluator, clock: Clock, wanted: list[Tensor], shape: torch.Size) -> None:
-        super().__init__(f.field.f, takes_time=True)
-        for name, value in {"inner": f, "clock": clock, "wanted": wanted, "shape": shape}.items():
-            object.__setattr__(self, name, value)
-
-    inner: Evaluator
-    clock: Clock
-    wanted: list[Tensor]
-    shape: torch.Size
+        self.inner, self.clock, self.wanted, self.shape = f, clock, wanted, shape
+        self.used = [False] * len(wanted)
 
     def __call__(self, t: Tensor | float, y: Tensor) -> Tensor:
         n = self.shape.numel()
@@ -151,12 +146,14 @@ class _AdjointField(Field):
             dz = self.clock.terms(self.inner, cast(float, t), z)[0]
         into: list[Tensor] = [z, *self.wanted]
         found = torch.autograd.grad(dz, into, -a, allow_unused=True) if dz.requires_grad else [None] * len(into)
+        self.used = [was or g is not None for was, g in zip(self.used, found[1:], strict=True)]
         rates = [torch.zeros_like(x) if g is None else g for x, g in zip(into, found, strict=True)]
         return torch.cat([part.detach().reshape(-1) for part in (dz, *rates)]).unsqueeze(0)
 
     @property
     def name(self) -> str:
-        return f"the adjoint of {super().name}"
+        """For messages."""
+        return f"the adjoint of {self.inner.field.name}"
 
 
 class _Flow(torch.autograd.Function):
@@ -170,9 +167,8 @@ class _Flow(torch.autograd.Function):
         return zs
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> Any:
         check_cotangent(gradient)
         zs = ctx.saved_tensors[0]  # reading them raises if a parameter was changed in place since the forward solve
-        with ctx.solve.setting.restored():
+        with torch.no_grad(), ctx.solve.setting.restored():
             return None, *ctx.solve.backward(zs, gradient)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -38,23 +39,20 @@ def fields(f: Evaluator, driver: Driver) -> list[Field]:
     return [f.field, driver.g.field] if isinstance(driver, Diffusion) else [f.field]
 
 
-def wanted_tensors(f: Evaluator, z0: Tensor, driver: Driver, t0: float) -> list[Tensor]:
+def wanted_tensors(f: Evaluator, driver: Driver) -> list[Tensor]:
     """The tensors beside z0 that get a gradient: parameters, context and a tensor end time.
 
-    Raises:
-        GradientError: if the field's value depends on a tensor that is none of these (captured by a closure): a
-            gradient that evaluates the field again cannot see it and would be silently zero.
+    The first evaluation of the solve will raise GradientError if the field depends on a tensor that is none of these
+    (captured by a closure): a gradient that evaluates the field again cannot see it and would be silently zero.
     """
     found: list[Tensor] = [p for field in fields(f, driver) for p in parameters(field.f)]
     found += [c for field in fields(f, driver) for c in field.context if c.requires_grad]
     clock = driver.clock
-    found += [x for x in (clock.rate, clock.start) if isinstance(x, Tensor) and x.requires_grad]
+    found += [clock.rate] if clock.rate is not None and clock.rate.requires_grad else []
     wanted = list({id(x): x for x in found}.values())
-    with torch.enable_grad():
-        terms = driver.terms(f, t0, z0.detach())
     known = {_node(x) for x in wanted}
-    for term in terms:
-        _refuse_captured(term, known, f.field.name)
+    for evaluator in [f, driver.g] if isinstance(driver, Diffusion) else [f]:
+        evaluator.inspect = partial(_refuse_captured, known=known, name=evaluator.field.name)
     return wanted
 
 
@@ -62,12 +60,14 @@ def _node(x: Tensor) -> torch.autograd.graph.Node:
     return torch.autograd.graph.get_gradient_edge(x).node
 
 
-def _refuse_captured(value: Tensor, known: set[torch.autograd.graph.Node], name: str) -> None:
-    """Walk the graph of one evaluation; a leaf that is not among the known tensors was captured."""
-    todo, seen = [value.grad_fn] if value.grad_fn is not None else [], set()
+def _refuse_captured(value: Tensor, state: Tensor, known: set[torch.autograd.graph.Node], name: str) -> None:
+    """Walk the graph of one evaluation; a leaf that is neither known nor upstream of the state was captured."""
+    todo, seen = [value.grad_fn] if value.grad_fn is not None else [], set(known)
+    if state.requires_grad:
+        seen.add(_node(state))
     while todo:
         node = todo.pop()
-        if node in seen or node in known:
+        if node in seen:
             continue
         seen.add(node)
         leaf = getattr(node, "variable", None)
@@ -104,7 +104,12 @@ class Setting:
 
 
 def check_cotangent(gradient: Tensor) -> None:
-    """Refuse a NaN that comes from the loss, before it is mistaken for a failed solve."""
+    """Refuse a second derivative, and a NaN that comes from the loss before it is mistaken for a failed solve."""
+    if torch.is_grad_enabled():  # in a backward pass: create_graph=True
+        raise GradientError(
+            "backward pass: a gradient that evaluates the field again cannot be differentiated twice "
+            "(create_graph=True); use gradient=Backprop()"
+        )
     if not bool(gradient.isfinite().all()):
         raise GradientError(
             "backward pass: the gradient that reaches the solution is NaN or inf already: it comes from the loss or "

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from odelayers._driver import Driver
 from odelayers._evaluator import Evaluator
@@ -44,7 +43,7 @@ class Checkpoint(Gradient):
             raise TypeError(f"Checkpoint: expected a solver of odelayers, got {solver!r}")
         if not torch.is_grad_enabled():
             return solver.integrate(f, z0, ts, driver)
-        wanted = wanted_tensors(f, z0, driver, ts[0])
+        wanted = wanted_tensors(f, driver)
         solve = _Solve(solver, f, tuple(ts), driver, Setting(f, driver, z0.device), wanted)
         zs: Tensor = _TakenAgain.apply(solve, z0, *wanted)  # type: ignore[no-untyped-call]
         return Path(zs, len(solve.steps), solve.rejected)
@@ -120,9 +119,8 @@ class _TakenAgain(torch.autograd.Function):
         return solve.forward(z0)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> Any:
         check_cotangent(gradient)
         z0 = ctx.saved_tensors[0]  # reading them raises if a parameter was changed in place since the forward solve
-        with ctx.solve.setting.restored():
+        with torch.no_grad(), ctx.solve.setting.restored():
             return None, *ctx.solve.backward(z0, gradient)

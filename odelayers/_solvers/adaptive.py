@@ -12,10 +12,11 @@ from torch import Tensor
 
 from odelayers._checks import positive_int, positive_number
 from odelayers._driver import Driver
-from odelayers._evaluator import Evaluator, traced
+from odelayers._evaluator import Evaluator
 from odelayers._solution import SolveError, Status
 from odelayers._solvers.base import MarchingSolver, Norm, State, Step, Taken, fail, nonfinite_rows
-from odelayers._solvers.tableau import DOPRI5, TSIT5, Tableau, combine
+from odelayers._solvers.stages import Stages, stages_like
+from odelayers._solvers.tableau import DOPRI5, TSIT5, Tableau
 
 __all__ = ["Dopri5", "Tsit5"]
 
@@ -25,10 +26,10 @@ STABILITY_LIMIT = 2.5
 
 
 class Try(NamedTuple):
-    """One attempted step: the result, the flat stages and the last stage's own state."""
+    """One attempted step: the result, the stages and the state at which the last but one was evaluated."""
 
     z: Tensor
-    stages: list[Tensor] | Tensor
+    stages: Stages
     last: Tensor
 
 
@@ -62,10 +63,11 @@ class AdaptiveRungeKutta(MarchingSolver):
         before = self.start(f, t, z0, driver)
         h = self._first_step(f, before, t, t1, driver, norm, rtol, atol)
         position, rejected, tried = 1, 0, 0
+        stages = stages_like(z0, len(self.tableau.c))
         while (t1 - t) * way > 0:
             # A last step that would leave a sliver is stretched or clipped to end exactly at t1.
             h = (t1 - t) * way if h * 1.01 >= (t1 - t) * way else h
-            attempt = self._attempt(f, t, h * way, before, driver)
+            attempt = self._attempt(f, t, h * way, before, driver, stages)
             with torch.no_grad():
                 errors = norm(self._scaled_error(attempt, before[0], h, rtol, atol))
                 worst = errors.amax().item()  # the step's one host read
@@ -88,38 +90,27 @@ class AdaptiveRungeKutta(MarchingSolver):
                     raise self._failure(f, before, attempt, errors, t, h * way, tried, driver)
 
     def again(self, f: Evaluator, step: Step, before: State, driver: Driver) -> tuple[State, list[Tensor]]:
-        attempt = self._attempt(f, step.t, step.h, before, driver)
+        stages = stages_like(before[0], len(self.tableau.c))
+        attempt = self._attempt(f, step.t, step.h, before, driver, stages)
         return self._after(attempt), self._outputs(attempt, step, before[0])
 
     def tolerances(self, f: Evaluator, z: Tensor) -> tuple[float, float]:
-        """Rtol and atol, not below the rounding of the dtype that the field is evaluated in."""
+        """Both tolerances, not below the rounding of the dtype that the field is evaluated in."""
         floor = 4 * torch.finfo(f.half or z.dtype).eps
         return max(self.rtol, floor), max(self.atol, floor if f.half else 0.0)
 
-    def _attempt(self, f: Evaluator, t: float, h: float, before: State, driver: Driver) -> Try:
+    def _attempt(self, f: Evaluator, t: float, h: float, before: State, driver: Driver, stages: Stages) -> Try:
         z, k = before
         flat, at = z.reshape(-1), z
-        # A buffer written in place would break the graph, so it serves where nothing is recorded.
-        buffered = not torch.is_grad_enabled() and not traced()
-        stages: list[Tensor] | Tensor = [k]
-        if buffered:
-            stages = flat.new_empty(len(self.tableau.c), flat.numel())
-            stages[0] = k
+        stages.put(0, k)
         last = z
         for i, row in enumerate(self.tableau.a, start=1):
-            last, at = at, combine(flat, stages, row, h).view(z.shape)
-            dz = driver.terms(f, t + self.tableau.c[i] * h, at)[0].reshape(-1)
-            if isinstance(stages, Tensor):
-                stages[i] = dz
-            else:
-                stages.append(dz)
+            last, at = at, stages.combine(flat, row, h).view(z.shape)
+            stages.put(i, driver.terms(f, t + self.tableau.c[i] * h, at)[0].reshape(-1))
         return Try(at, stages, last)
 
-    @staticmethod
-    def _after(attempt: Try) -> State:
-        # The buffer's last row is copied: a view would keep all of it alive.
-        k = attempt.stages[-1]
-        return attempt.z, k.clone() if isinstance(attempt.stages, Tensor) else k
+    def _after(self, attempt: Try) -> State:
+        return attempt.z, attempt.stages.keep(len(self.tableau.a))
 
     def _outputs(self, attempt: Try, step: Step, z: Tensor) -> list[Tensor]:
         """The states at the step's outputs, from its end or its continuous extension."""
@@ -129,12 +120,12 @@ class AdaptiveRungeKutta(MarchingSolver):
                 found.append(attempt.z)
             else:
                 weights = self.tableau.dense_weights(theta)
-                found.append(combine(flat, attempt.stages, weights, step.h).view(z.shape))
+                found.append(attempt.stages.combine(flat, weights, step.h).view(z.shape))
         return found
 
     def _scaled_error(self, attempt: Try, z: Tensor, h: float, rtol: float, atol: float) -> Tensor:
         zero = z.new_zeros(()).expand(z.numel())
-        error = combine(zero, attempt.stages, self.tableau.error, h).view(z.shape)
+        error = attempt.stages.combine(zero, self.tableau.error, h).view(z.shape)
         return error.div_(torch.maximum(z.abs(), attempt.z.abs()).mul_(rtol).add_(atol))
 
     @torch.no_grad()
@@ -157,7 +148,8 @@ class AdaptiveRungeKutta(MarchingSolver):
         h0 = torch.where((size < 1e-5) | (speed < 1e-5), 1e-6, 0.01 * size / speed)
         h = min(h0.amin().item(), abs(t1 - t0))
         if not math.isfinite(h) or not math.isfinite(speed.amax().item()):
-            raise fail(self, f, bad if bad.any() else ~h0.isfinite(), t0, driver, Status.NONFINITE)
+            status = Status.NONFINITE if bad.any() else Status.BLOW_UP
+            raise fail(self, f, bad | ~speed.isfinite() | ~h0.isfinite(), t0, driver, status)
         if self.first_step is not None:
             return min(self.first_step, abs(t1 - t0))
         way = math.copysign(1.0, t1 - t0)
@@ -180,7 +172,7 @@ class AdaptiveRungeKutta(MarchingSolver):
         if bad.any():
             return fail(self, f, rows, t, driver, Status.BLOW_UP, note)
         z, k = before[0][rows], before[1].view(before[0].shape)[rows]
-        if (z * k).sum() > 0 and z.norm() < 1e-6 * max(abs(t), 1e-6) * k.norm():
+        if (z * k).sum() * h > 0 and z.norm() < 1e-6 * max(abs(t), 1e-6) * k.norm():
             return fail(self, f, rows, t, driver, Status.BLOW_UP, note)
         if self._stiff(attempt, h, rows):
             return fail(self, f, rows, t, driver, Status.STIFF, note)
@@ -188,9 +180,9 @@ class AdaptiveRungeKutta(MarchingSolver):
         return fail(self, f, rows, t, driver, status, note)
 
     def _stiff(self, attempt: Try, h: float, rows: Tensor) -> bool:
-        """Whether |h lambda| sits at the stability boundary, lambda from two stages at one time (Hairer, Wanner IV.2)."""
+        """Whether |h lambda| is at the stability boundary, lambda from two stages at one time (Hairer, Wanner IV.2)."""
         shape = attempt.z.shape
-        change = (attempt.stages[-1] - attempt.stages[-2]).view(shape)[rows].norm()
+        change = (attempt.stages.get(-1) - attempt.stages.get(-2)).view(shape)[rows].norm()
         distance = (attempt.z - attempt.last)[rows].norm()
         return bool(distance > 0) and (abs(h) * change / distance).item() > STABILITY_LIMIT
 

@@ -16,8 +16,8 @@ from odelayers._driver import Driver
 from odelayers._evaluator import Evaluator, traced
 from odelayers._solution import Status
 from odelayers._solvers.base import MarchingSolver, Norm, State, Step, Taken, fail, nonfinite_rows, row_rms
-from odelayers._solvers.tableau import EULER, HEUN, MIDPOINT, Tableau, combine
-from odelayers._solvers.tableau import RK4 as RK4_TABLEAU
+from odelayers._solvers.stages import Recorded
+from odelayers._solvers.tableau import EULER, HEUN, MIDPOINT, RK4 as RK4_TABLEAU, Tableau
 
 __all__ = ["RK4", "Euler", "FixedGrid", "Heun", "Midpoint"]
 
@@ -98,11 +98,11 @@ class FixedRungeKutta(FixedGrid):
 
     def step(self, f: Evaluator, s: Step, before: State, driver: Driver) -> State:
         z = before[0]
-        flat, stages = z.reshape(-1), []
+        flat, stages = z.reshape(-1), Recorded()
         at = z
-        for c, row in zip(self.tableau.c, (*self.tableau.a, self.tableau.b), strict=True):
-            stages.append(driver.terms(f, s.t + c * s.h, at)[0].reshape(-1))
-            at = combine(flat, stages, row, s.h).view(z.shape)
+        for i, row in enumerate((*self.tableau.a, self.tableau.b)):
+            stages.put(i, driver.terms(f, s.t + self.tableau.c[i] * s.h, at)[0].reshape(-1))
+            at = stages.combine(flat, row, s.h).view(z.shape)
         return (at,)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from torchdiffeq._impl.odeint import SOLVERS
 from odelayers._checks import one_of, positive_int, positive_number
 from odelayers._driver import Driver
 from odelayers._evaluator import Evaluator
-from odelayers._solution import Status
+from odelayers._solution import SolveError, Status
 from odelayers._solvers.base import Norm, Path, Solver, fail, nonfinite_rows, row_rms
 
 __all__ = ["TorchDiffEq"]
@@ -92,7 +93,8 @@ class TorchDiffEq(Solver):
         bad = nonfinite_rows(z0)
         if bad.any():
             raise fail(self, f, bad, ts[0], driver, Status.NONFINITE)
-        func = _CountingFunc(f, driver) if self.adaptive and self.method != "scipy_solver" else _Func(f, driver)
+        counts = self.adaptive and self.method != "scipy_solver"
+        func = (_CountingFunc if counts else _Func)(f, driver, ts[0])
         times = torch.tensor(ts, dtype=torch.float64, device=z0.device)
         solve = torchdiffeq.odeint if adjoint is None else torchdiffeq.odeint_adjoint
         more = {} if adjoint is None else {"adjoint_params": adjoint}
@@ -104,27 +106,33 @@ class TorchDiffEq(Solver):
                     func, z0, times, rtol=self.rtol, atol=self.atol, method=self.method, options=self._options(), **more
                 )
             except AssertionError as error:
-                everyone = torch.ones_like(bad)
-                raise fail(
-                    self, f, everyone, func.reached, driver, Status.STEP_UNDERFLOW, f"torchdiffeq says: {error}"
-                ) from error
+                raise self._failure(f, z0, ts[0], func, driver, f"torchdiffeq says: {error}") from error
         bad = nonfinite_rows(zs.transpose(0, 1))
         if bad.any():
             raise fail(self, f, bad, ts[-1], driver, Status.BLOW_UP, "by the end of the solve")
         return Path(zs, func.accepted, func.rejected)
 
+    @torch.no_grad()
+    def _failure(self, f: Evaluator, z0: Tensor, t0: float, func: _Func, driver: Driver, note: str) -> SolveError:
+        """The rows whose field is NaN or inf at the start, or else all: torchdiffeq judges the batch as a whole."""
+        bad = nonfinite_rows(driver.terms(f, t0, z0)[0])
+        if bad.any():
+            return fail(self, f, bad, t0, driver, Status.NONFINITE, note)
+        return fail(self, f, torch.ones_like(bad), func.reached, driver, Status.STEP_UNDERFLOW, note)
+
 
 class _Func:
     """The field as torchdiffeq calls it; methods that do not tell their steps leave the counts at zero."""
 
-    def __init__(self, f: Evaluator, driver: Driver) -> None:
+    def __init__(self, f: Evaluator, driver: Driver, start: float) -> None:
         self.f, self.driver = f, driver
         self.accepted = self.rejected = 0
-        self.reached = 0.0
+        self.reached = start
 
     def __call__(self, t: Tensor, z: Tensor) -> Tensor:
-        self.reached = float(t.detach())
-        return self.driver.terms(self.f, self.reached, z)[0]
+        s = float(t.detach())
+        self.reached = s if math.isfinite(s) else self.reached
+        return self.driver.terms(self.f, s, z)[0]
 
 
 class _CountingFunc(_Func):

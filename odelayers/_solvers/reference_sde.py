@@ -111,8 +111,7 @@ class _Sde:
 
     def g(self, t: Tensor, y: Tensor) -> Tensor:
         g = self.driver.noise_coefficient(self.field, t, y.view(self.shape))
-        rate = self.driver.clock.rate
-        g = (g if rate is None else g * rate.sqrt()).reshape(y.shape)
+        g = (g * torch.as_tensor(self.driver.clock.dt(1.0)).to(g).sqrt()).reshape(y.shape)
         return g.unsqueeze(-1) if self.noise_type == "scalar" else g
 
 

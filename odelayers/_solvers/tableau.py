@@ -1,15 +1,10 @@
-"""Butcher tableaus of explicit Runge-Kutta methods, and the linear combinations they ask for."""
+"""Butcher tableaus of explicit Runge-Kutta methods."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 
-import torch
-from torch import Tensor
-
-__all__ = ["DOPRI5", "EULER", "HEUN", "MIDPOINT", "RK4", "TSIT5", "Tableau", "combine"]
+__all__ = ["DOPRI5", "EULER", "HEUN", "MIDPOINT", "RK4", "TSIT5", "Tableau"]
 
 Row = tuple[float, ...]
 
@@ -43,20 +38,6 @@ class Tableau:
         """The weights of the stages for the solution at the fraction theta of the step."""
         powers = [theta ** (i + 1) for i in range(len(self.dense[0]))]
         return tuple(sum(p * x for p, x in zip(row, powers, strict=True)) for row in self.dense)
-
-
-@lru_cache(maxsize=256)
-def _weights(row: Row, dtype: torch.dtype, device: torch.device) -> Tensor:
-    return torch.tensor(row, dtype=dtype, device=device)
-
-
-def combine(z: Tensor, stages: Sequence[Tensor] | Tensor, row: Row, h: float) -> Tensor:
-    """Z + h sum_i row_i stage_i, flat, in one kernel: `stages` is a list (differentiable) or a buffer `(s, N)`."""
-    used = [i for i, weight in enumerate(row) if weight]
-    if len(used) == 1:
-        return torch.add(z, stages[used[0]], alpha=h * row[used[0]])
-    stack = stages[: len(row)] if isinstance(stages, Tensor) else torch.stack(list(stages[: len(row)]))
-    return torch.addmv(z, stack.T, _weights(row, z.dtype, z.device), alpha=h)
 
 
 EULER = Tableau(c=(0.0,), a=(), b=(1.0,), order=1)
