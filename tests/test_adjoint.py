@@ -101,25 +101,23 @@ def test_without_the_check_the_contracting_gradient_would_be_wrong() -> None:
         return torch.tanh(3 * z.flip(1)) - 10 * z
 
     z = torch.randn(8, 3, dtype=torch.float64, requires_grad=True)
-    exact = gradients(ODEBlock(f, t1=5.0)(z).sum(), [z])[0]
-    solver = TorchDiffEq("dopri5", rtol=1e-5, atol=1e-5)
-    try:
-        found = gradients(ODEBlock(f, t1=5.0, solver=solver, gradient=Adjoint())(z).sum(), [z])[0]
-    except (AssertionError, RuntimeError):
-        return  # it gave up, which is no right gradient either
+    exact = gradients(ODEBlock(f, t1=2.0, solver=Dopri5(1e-10, 1e-10))(z).sum(), [z])[0]
+    found = gradients(ODEBlock(f, t1=2.0, solver=TorchDiffEq("dopri5"), gradient=Adjoint())(z).sum(), [z])[0]
     assert exact is not None and found is not None
-    assert not (found - exact).abs().max() < 1e-2 * exact.abs().max()
+    assert (found - exact).abs().max() > 0.5 * exact.abs().max()
+    with pytest.raises(GradientError, match="Checkpoint"):
+        ODEBlock(f, t1=2.0, gradient=Adjoint())(z).sum().backward()
 
 
 def test_torchsde_s_own_adjoint_agrees_with_backprop_through_it() -> None:
-    """adjoint_reversible_heun recomputes the path: equal to backpropagation through reversible_heun, to rounding."""
+    """adjoint_reversible_heun recomputes the path: equal to backpropagation through reversible_heun, to its amplified rounding."""
     drift, diffusion, found = TanhNet(), TanhNet(scale=0.2), []
     solver = TorchSDE("reversible_heun", steps=20)
     for gradient in (Adjoint(), Backprop()):
         block = SDEBlock(drift, diffusion, solver=solver, calculus="stratonovich", gradient=gradient)
         torch.manual_seed(11)
         found.append(solved(block, t1=1.0))
-    assert distance(*found) < 1e-10
+    assert distance(*found) < 1e-7
 
 
 def test_the_adjoint_keeps_no_graph_of_the_steps() -> None:
