@@ -94,7 +94,10 @@ def load(where: str | Path | None = None, *, say: Callable[[str], None] = print)
     cache = cache_folder()
     missing = [name for name in SHA256 if _find(cache, name) is None]
     failure = _download(missing, cache, MIRRORS, say)
-    return _digits(failure) if failure else _mnist(cache)
+    if failure:
+        say(failure)
+        return _digits("MNIST was neither found nor could it be fetched")
+    return _mnist(cache)
 
 
 def cache_folder() -> Path:

@@ -96,8 +96,8 @@ def spectra_figure(results: Results, out: Path) -> Path:
 
 
 def _save(figure: Figure, results: Results, path: Path) -> Path:
-    notes = [text for text in (results.run["warning"], results.run["banner"] and "NOT MNIST") if text]
-    figure.supxlabel("; ".join([results.run["data"], *notes]), fontsize=8, color="#888888", x=0.99, ha="right")
+    note = "; ".join([results.run["data"], *results.warnings])
+    figure.supxlabel(note, fontsize=8, color="#888888", x=0.99, ha="right")
     figure.savefig(path, dpi=160)
     plt.close(figure)
     return path

@@ -33,6 +33,11 @@ class Results:
         self.spectra = read(folder / self.run["spectra"])
         self.masked = self._masked()
 
+    @property
+    def warnings(self) -> list[str]:
+        """What must stand on every table and picture: the preset's warning, and that the data is not MNIST."""
+        return [text for text in (self.run["warning"], self.run["banner"] and "NOT MNIST") if text]
+
     def title(self, name: str) -> str:
         """What a model is called in tables."""
         return self.train[name]["config"]["model"]["title"]
@@ -73,6 +78,7 @@ def write_report(out: Path) -> Path:
         *(_threat(results, threat) for threat in results.attacks),
         f"![accuracy]({pictures['accuracy'].name})\n\n{_masking(results)}",
         f"![spectra]({pictures['spectra'].name})\n\n{spectra_finding(results)}",
+        _constraints(results),
         _cost(results),
         _method(results),
     ]
@@ -96,8 +102,7 @@ def _opening(results: Results) -> str:
 
 
 def _table(results: Results, caption: str, header: list[str], rows: list[list[str]]) -> str:
-    warnings = [text for text in (results.run["warning"], results.run["banner"]) if text]
-    note = "".join(f" (*{text}*)" for text in warnings)
+    note = "".join(f" (*{text}*)" for text in results.warnings)
     lines = [header, ["---"] * len(header), *rows]
     return f"**{caption}**{note}\n\n" + "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
@@ -219,6 +224,16 @@ def spectra_finding(results: Results) -> str:
         f"Real parts of the eigenvalues of the field's Jacobian at the same {points} training points. "
         f"Share above zero: {'; '.join(parts)}."
     )
+
+
+def _constraints(results: Results) -> str:
+    rows = []
+    for name, field in results.spectra.result.items():
+        shares = [percent(share, field["points"]) for share in field["constraints"].values()]
+        title = name if name == "untrained" else results.title(name)
+        rows.append([title, f"{field['median_residual']:.2g}", *shares])
+    header = ["field", "median size of f", *next(iter(results.spectra.result.values()))["constraints"]]
+    return _table(results, "Share of the points, in %, that meet each constraint of the method", header, rows)
 
 
 def _cost(results: Results) -> str:
