@@ -40,8 +40,8 @@ models = {
     "one more dimension": fit(AugmentedODEBlock(MLP(3, (32,)), extra=1, solver=solver), 3),
 }
 
-# The flow carries the disc inside the circle to the inside of the circle's image, and a linear readout is largest on the
-# edge of a plane region: in the plane some point of the circle always scores higher than the whole disc.
+# The flow carries the disc inside the circle to the inside of the circle's image, and a linear readout is largest on
+# the edge of a plane region: in the plane some point of the circle always scores higher than the whole disc.
 angle = torch.linspace(0, 2 * torch.pi, 20_001)
 circle = 1.25 * torch.stack([angle.cos(), angle.sin()], 1)
 points, labels = rings(4000)
@@ -50,9 +50,7 @@ for name, model in models.items():
     logits = model(points)
     wrong[name] = ((logits > 0) != labels.bool()).sum().item()
     gap[name] = (logits[labels.bool()].max() - model(circle).max()).item()
-    print(
-        f"{name:18}: {wrong[name]} of {len(points)} points wrong; best of the disc - best of the circle {gap[name]:+.2f}"
-    )
+    print(f"{name:18}: {wrong[name]} of {len(points)} wrong; best score of the disc - of the circle: {gap[name]:+.2f}")
 
 assert gap["the plane"] < 0 < gap["one more dimension"]
 assert wrong["one more dimension"] == 0 < wrong["the plane"]

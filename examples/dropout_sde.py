@@ -1,8 +1,8 @@
 """What dropout noise does to stability, and why it matters how the equation is read.
 
-On z' = a z the noisy clock gives a geometric Brownian motion, dz = a z (dt + sigma dW). Its growth rate log|z(T)| / T is
-a - a^2 sigma^2 / 2 in the Ito reading and a in the Stratonovich reading: only under Ito does noise add stability, and
-theorem 6 of the stable neural ODE literature (Liu et al. 2019) speaks of Ito.
+On z' = a z the noisy clock gives a geometric Brownian motion, dz = a z (dt + sigma dW). Its growth rate log|z(T)| / T
+is a - a^2 sigma^2 / 2 in the Ito reading and a in the Stratonovich reading: only under Ito does this noise add
+stability, and it is Ito that the theorems on noise and stability speak of (Liu et al., Neural SDE, 2019).
 """
 
 from __future__ import annotations

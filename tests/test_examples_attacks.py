@@ -201,9 +201,9 @@ def test_the_mean_over_draws_recovers_the_gradient_under_noise(curved):
 def test_noise_stays_on_and_its_mean_margin_falls(curved):
     """The attack sees the noise at every call, and what it returns has a larger mean margin over fresh draws."""
     model, images, labels = curved
-    calls = []
+    calls, inner = [], noisy(model, 0.1, 8, seed=7)
 
-    def attacked(x, inner=noisy(model, 0.1, 8, seed=7)):
+    def attacked(x):
         calls.append(len(x))
         return inner(x)
 

@@ -73,7 +73,7 @@ def clean_cell(model: Classifier, data: Split, draws: int, seed: int) -> dict[st
 
 
 def attack_cell(model: Classifier, data: Split, threat: Threat, suite: Suite, seed: int, what: str) -> dict[str, Any]:
-    """All attacks of a suite within one threat; per-sample scores of each, of each kind's worst, and of the worst of all.
+    """Run a suite within one threat: per-sample scores of each attack, of each kind's worst, and of the worst of all.
 
     The worst case of a sample is chosen by one set of draws of the noise and scored by another, so that noise cannot
     make it look worse than it is.

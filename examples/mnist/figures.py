@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import matplotlib
 
@@ -14,9 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from .evaluation import wilson
-
-if TYPE_CHECKING:
-    from .report import Results
+from .results import Results
 
 __all__ = ["bars_figure", "spectra_figure"]
 

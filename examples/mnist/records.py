@@ -44,8 +44,8 @@ class Record(dict[str, Any]):
 class Records:
     """The records of one study in one folder.
 
-    A record's file name carries the fingerprint of its stage's configuration, so a changed configuration finds no record
-    and computes again; nothing is reused silently and nothing is overwritten.
+    A record's file name carries the fingerprint of its stage's configuration, so a changed configuration finds no
+    record and computes again; nothing is reused silently and nothing is overwritten.
     """
 
     def __init__(self, out: Path, say: Callable[[str], None] = print) -> None:

@@ -1,4 +1,4 @@
-"""How the models are trained: phases of epochs over images (the whole net) or over cached features (the block alone)."""
+"""Training in phases: epochs over images (the whole net) or over cached features (the block alone)."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Phase:
 def train(
     model: Classifier, data: Dataset, phases: tuple[Phase, ...], regularised: bool, seed: int, what: str
 ) -> list[dict[str, Any]]:
-    """Train in place; returns one line per epoch: phase, steps, mean loss, its regulariser's share, validation accuracy.
+    """Train in place; returns one line per epoch: phase, steps, mean loss, the regulariser in it, validation accuracy.
 
     The regulariser is added to the cross-entropy, at the states that enter the block, with SODEF's constants.
     """

@@ -1,0 +1,79 @@
+"""What an attack sees of a model, the statistics of its scores, and nothing of its noise or block left out."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from scipy.stats import binomtest
+
+from examples.mnist import data
+from examples.mnist.attacks import input_gradient
+from examples.mnist.evaluation import holm, mcnemar, wilson
+from examples.mnist.models import Block, Classifier, attacked, surrogate
+
+DIGITS = data.load("digits").test
+IMAGES, LABELS = DIGITS.images[:6], DIGITS.labels[:6]
+NOISY = Block("sde", t1=2.0, steps=4, p=0.1)
+
+
+@pytest.fixture
+def noisy():
+    torch.manual_seed(0)
+    return Classifier((2, 2, 4), NOISY).eval().requires_grad_(False)
+
+
+def generator(seed: int = 1) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def test_noise_stays_on_in_the_attacked_model(noisy):
+    """In evaluation mode the attacked model draws noise anew at every call, and several draws at once."""
+    images = IMAGES
+    view = attacked(noisy, 5, generator())
+    first, second = view(images), view(images)
+    assert first.shape == (5, 6, 10)
+    assert not torch.equal(first, second)
+    assert first.std(0).min() > 0
+    assert torch.equal(attacked(noisy, 5, generator())(images), first), "the generator alone decides"
+
+
+def test_without_noise_one_draw_is_all():
+    """p = 0 is deterministic: SODEF's control is attacked as it is."""
+    model = Classifier((2, 2, 4), replace(NOISY, p=0.0)).eval()
+    view = attacked(model, 5, generator())
+    images = IMAGES
+    assert view(images).shape == (6, 10)
+    assert torch.equal(view(images), view(images))
+
+
+@pytest.mark.parametrize("route", ["identity", 0.2])
+def test_a_surrogate_has_the_models_values_and_another_gradient(route):
+    """The bypass changes the gradient alone: that of head(features(x)), or of the flow to the earlier end time."""
+    torch.manual_seed(0)
+    model = Classifier((2, 2, 4), Block("ode", t1=2.0)).eval().requires_grad_(False)
+    images, labels = IMAGES, LABELS
+    view, bypass = attacked(model, 1, generator()), surrogate(model, route, 1, generator())
+    torch.testing.assert_close(bypass(images), view(images))
+    own, _ = input_gradient(view, images, labels, "margin")
+    found, _ = input_gradient(bypass, images, labels, "margin")
+    assert (own - found).norm() > 1e-3 * own.norm()
+    x = images.clone().requires_grad_()  # the margin's gradient, with the classes the model itself puts first
+    z = model.features(x)
+    logits = model.head(z if route == "identity" else model.end(z, t1=route))
+    others = view(images).scatter(1, labels[:, None], float("-inf")).argmax(1)
+    expected = (logits.gather(1, others[:, None]) - logits.gather(1, labels[:, None])).sum()
+    torch.testing.assert_close(found, torch.autograd.grad(expected, x)[0], rtol=1e-4, atol=1e-6)
+
+
+def test_intervals_and_tests_are_the_textbooks():
+    """Wilson's interval and the exact McNemar test equal scipy's; Holm's correction equals a worked example."""
+    for k, n in [(0, 10), (7, 10), (283, 300), (300, 300)]:
+        exact = binomtest(k, n).proportion_ci(method="wilson")
+        assert wilson(k / n, n) == pytest.approx((exact.low, exact.high), abs=1e-12)
+    first, second = [True] * 9 + [False] * 3 + [True] * 5, [False] * 9 + [True] * 3 + [True] * 5
+    assert mcnemar(first, second) == pytest.approx(binomtest(9, 12).pvalue)
+    assert mcnemar(first, second, "greater") == pytest.approx(299 / 4096)  # sum of C(12, k), k >= 9, over 2^12
+    assert mcnemar(first, first) == 1.0
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
