@@ -1,0 +1,205 @@
+"""on_failure="isolate": the healthy rows are what they would be without the failed ones."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from odelayers import (
+    RK4,
+    Adjoint,
+    AugmentedODEBlock,
+    Backprop,
+    Checkpoint,
+    Dopri5,
+    DropoutSDEBlock,
+    EulerMaruyama,
+    JacobianRegularizer,
+    KineticRegularizer,
+    Milstein,
+    ODEBlock,
+    SDEBlock,
+    SolveError,
+    Status,
+    StratonovichHeun,
+    TorchDiffEq,
+    TorchSDE,
+    Tsit5,
+)
+from problems import TanhNet, name
+
+pytestmark = pytest.mark.timeout(60)
+F64 = torch.float64
+BATCH = 1000
+
+
+def cubic(z: Tensor) -> Tensor:
+    """Decays from inside |z| < 1, blows up in finite time from outside."""
+    return z**3 - z
+
+
+def spoiled(dim: int = 2, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """A thousand states of which a tenth are NaN, inf or blow up; and which are healthy."""
+    g = torch.Generator().manual_seed(seed)
+    z = torch.rand(BATCH, dim, generator=g, dtype=F64) * 1.6 - 0.8
+    bad = torch.randperm(BATCH, generator=g)[: BATCH // 10]
+    for i, row in enumerate(bad.tolist()):
+        z[row, i % dim] = [float("nan"), float("inf"), -float("inf"), 2.0 + 0.05 * i][i % 4]
+    healthy = torch.ones(BATCH, dtype=torch.bool)
+    healthy[bad] = False
+    return z, healthy
+
+
+@pytest.mark.parametrize("gradient", [Backprop(), Checkpoint(), Adjoint()], ids=name)
+@pytest.mark.parametrize("solver", [Dopri5(), Tsit5(), RK4(steps=50)], ids=name)
+def test_healthy_rows_equal_a_run_without_the_failed_ones(solver: Any, gradient: Any) -> None:
+    """States and gradients of the healthy rows are equal bit for bit; failed rows are NaN and get no gradient."""
+    z, healthy = spoiled()
+    block = ODEBlock(cubic, t1=3.0, solver=solver, gradient=gradient, on_failure="isolate")
+    z.requires_grad_()
+    ts = [0.0, 1.3, 3.0]
+    whole, alone = block.solve(z, ts), block.solve(z.detach()[healthy].requires_grad_(), ts)
+    assert torch.equal(whole.zs[:, healthy], alone.zs)
+    assert whole.zs[:, ~healthy].isnan().all()
+    assert torch.equal(whole.stats.status == Status.OK, healthy)
+    kept = z.detach()[healthy].requires_grad_()
+    (found,) = torch.autograd.grad(whole.zs[:, healthy].square().sum(), z)
+    (wanted,) = torch.autograd.grad(block.solve(kept, ts).zs.square().sum(), kept)
+    assert torch.equal(found[healthy], wanted)
+    assert torch.equal(found[~healthy], torch.zeros_like(found[~healthy]))
+
+
+def test_status_and_time_say_how_each_row_failed() -> None:
+    """NaN and inf at the start fail there; z' = z^3 - z from z0 blows up at log(z0^2 / (z0^2 - 1)) / 2."""
+    z = torch.tensor([[0.5], [float("nan")], [1.5], [float("inf")], [-3.0], [0.9]], dtype=F64)
+    stats = ODEBlock(cubic, t1=3.0, on_failure="isolate").solve(z).stats
+    wanted = [Status.OK, Status.NONFINITE, Status.BLOW_UP, Status.NONFINITE, Status.BLOW_UP, Status.OK]
+    assert stats.status.tolist() == wanted
+    assert stats.failed_at.isnan().tolist() == [s == Status.OK for s in wanted]
+    assert stats.failed_at[[1, 3]].tolist() == [0.0, 0.0]
+    for row in (2, 4):
+        square = z[row, 0].item() ** 2
+        assert stats.failed_at[row].item() == pytest.approx(math.log(square / (square - 1)) / 2, rel=1e-3)
+
+
+def test_parameters_get_the_gradient_of_the_healthy_rows_alone() -> None:
+    """NaN rows do not spoil the gradient of a shared parameter, in any gradient mode."""
+    net = TanhNet(2)
+    z, healthy = spoiled()
+    z[z.abs() > 1] = float("nan")
+    for gradient in (Backprop(), Checkpoint(), Adjoint()):
+        block = ODEBlock(net, gradient=gradient)
+        losses = block.solve(z, on_failure="isolate").final[healthy].sum(), block(z[healthy]).sum()
+        found, wanted = (torch.autograd.grad(loss, list(net.parameters())) for loss in losses)
+        assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+
+
+@pytest.mark.parametrize(
+    "block",
+    [
+        DropoutSDEBlock(cubic, 0.1, solver=EulerMaruyama(30), on_failure="isolate"),
+        DropoutSDEBlock(cubic, 0.1, solver=StratonovichHeun(30), calculus="stratonovich", on_failure="isolate"),
+        SDEBlock(torch.sin, torch.cos, solver=Milstein(30), noise="scalar", on_failure="isolate", time=False),
+        SDEBlock(torch.sin, torch.cos, solver=TorchSDE("euler", 30), on_failure="isolate", time=False),
+    ],
+    ids=["noisy clock", "stratonovich", "milstein", "torchsde"],
+)
+def test_a_row_keeps_its_own_noise_when_others_fail(block: Any) -> None:
+    """With the same seed, healthy rows among NaN mates follow the path they follow among harmless mates."""
+    z, healthy = spoiled()
+    z[~healthy] = float("nan")
+    z[healthy] *= 0.3
+    harmless = torch.where(healthy[:, None], z, 0.0)
+    found, wanted = (block.solve(start, generator=torch.Generator().manual_seed(5)) for start in (z, harmless))
+    assert torch.equal(wanted.stats.status, torch.zeros(BATCH, dtype=torch.long))
+    assert torch.equal(found.final[healthy], wanted.final[healthy])
+    assert torch.equal(found.stats.status == Status.OK, healthy)
+
+
+def test_given_increments_follow_their_rows() -> None:
+    """Increments handed over are picked for the healthy rows."""
+    z, healthy = spoiled()
+    z[~healthy] = float("nan")
+    dw = 0.1 * torch.randn(10, BATCH, 2, dtype=F64)
+    block = SDEBlock(cubic, torch.cos, solver=EulerMaruyama(10), on_failure="isolate", time=False)
+    found = block.solve(z, noise=dw).final[healthy]
+    assert torch.equal(found, block.solve(z[healthy], noise=dw[:, healthy]).final)
+
+
+def test_context_and_end_times_follow_their_rows() -> None:
+    """Per-sample context and end times are picked with the rows; a context for all is left whole."""
+    z, healthy = spoiled()
+    z[~healthy] = float("nan")
+    own, shared = torch.randn(BATCH, 2, dtype=F64), torch.randn(2, dtype=F64)
+    t1 = 0.5 + torch.rand(BATCH, dtype=F64)
+    block = ODEBlock(lambda t, z, a, b: cubic(z) + 0.01 * (a * t + b), t1=3.0, time=True, on_failure="isolate")
+    found = block.solve(z, t1=t1, context=(own, shared))
+    wanted = block.solve(z[healthy], t1=t1[healthy], context=(own[healthy], shared))
+    assert torch.equal(found.stats.status == Status.OK, healthy)
+    assert torch.equal(found.final[healthy], wanted.final)
+
+
+def test_running_integrals_follow_their_rows() -> None:
+    """Regularisers accumulate for healthy rows as alone, with the same probes, and are NaN for failed ones."""
+    z, healthy = spoiled()
+    z[~healthy] = float("nan")
+    running = [KineticRegularizer(), JacobianRegularizer()]
+    block = ODEBlock(cubic, on_failure="isolate")
+    harmless = torch.where(healthy[:, None], z, 0.0)
+    found, wanted = (
+        block.solve(start, running=running, generator=torch.Generator().manual_seed(2)).running
+        for start in (z, harmless)
+    )
+    for a, b in zip(found, wanted, strict=True):
+        assert a[~healthy].isnan().all() and torch.allclose(a[healthy], b[healthy], rtol=1e-4, atol=1e-7)
+
+
+def test_a_failed_row_costs_nothing_in_an_augmented_block() -> None:
+    """The padded state is isolated and cropped like any other."""
+    z, healthy = spoiled()
+    block = AugmentedODEBlock(cubic, 2, keep=False, on_failure="isolate")
+    out = block(z[:200])
+    assert out.shape == (200, 2) and torch.equal(out[healthy[:200]], block(z[:200][healthy[:200]]))
+
+
+@pytest.mark.parametrize("solver", [Dopri5(), RK4(20), TorchDiffEq("dopri5")], ids=name)
+def test_when_all_rows_fail_the_result_is_nan_and_says_so(solver: Any) -> None:
+    """No healthy row: NaN of the right shape, every status set, and no error."""
+    z = torch.full((5, 2), float("nan"), dtype=F64)
+    solution = ODEBlock(cubic, solver=solver, on_failure="isolate").solve(z, [0.0, 0.5, 1.0])
+    assert solution.zs.shape == (3, 5, 2) and solution.zs.isnan().all()
+    assert solution.stats.status.tolist() == [Status.NONFINITE] * 5
+
+
+def test_isolation_can_be_asked_for_in_one_call() -> None:
+    """solve(on_failure=) takes the place of the block's own, both ways."""
+    z = torch.tensor([[0.5], [float("nan")]], dtype=F64)
+    careful, strict = ODEBlock(cubic, on_failure="isolate"), ODEBlock(cubic)
+    assert torch.equal(strict.solve(z, on_failure="isolate").final[0], careful(z)[0])
+    with pytest.raises(SolveError):
+        careful.solve(z, on_failure="raise")
+    with pytest.raises(ValueError, match="expected one of 'raise', 'isolate'"):
+        strict.solve(z, on_failure="drop")
+
+
+def test_rows_that_only_torchdiffeq_s_field_spoils_are_told_apart() -> None:
+    """A field that is NaN in one row at the start fails that row, not its mates, under TorchDiffEq too."""
+    z = torch.tensor([[0.5], [-0.5]], dtype=F64)
+    for solver in (Dopri5(), TorchDiffEq("dopri5")):
+        stats = ODEBlock(torch.log, t1=0.1, solver=solver, on_failure="isolate", time=False).solve(z).stats
+        assert stats.status[0] == Status.OK and stats.status[1] != Status.OK
+
+
+@pytest.mark.parametrize("solver", [Dopri5(max_steps=200), RK4(20), TorchDiffEq("dopri5")], ids=name)
+@pytest.mark.parametrize("rate", [-1e36, 1e36])
+def test_a_huge_field_neither_hangs_nor_hides_its_rows(solver: Any, rate: float) -> None:
+    """Finite values whose scaled norm overflows still fail by row, and their mates are solved."""
+    z = torch.tensor([[1.0], [0.0]])
+    stats = ODEBlock(lambda z: rate * z, solver=solver, on_failure="isolate").solve(z).stats
+    assert stats.status[0] != Status.OK
+    if not isinstance(solver, TorchDiffEq):
+        assert stats.status[1] == Status.OK
