@@ -110,7 +110,7 @@ def test_without_the_check_the_contracting_gradient_would_be_wrong() -> None:
 
 
 def test_torchsde_s_own_adjoint_agrees_with_backprop_through_it() -> None:
-    """adjoint_reversible_heun recomputes the path: equal to backpropagation through reversible_heun, to its amplified rounding."""
+    """adjoint_reversible_heun recomputes the path: equal to backpropagation, to amplified rounding."""
     drift, diffusion, found = TanhNet(), TanhNet(scale=0.2), []
     solver = TorchSDE("reversible_heun", steps=20)
     for gradient in (Adjoint(), Backprop()):
