@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, strategies as st
 from torch import Tensor
 
-from odelayers._linalg import gershgorin, log_norm, spectral_abscissa
+from odelayers._linalg import eigenvalues, gershgorin, log_norm, spectral_abscissa
 
 NORMS = (1, 2, math.inf)
 
@@ -116,7 +116,7 @@ def test_eigenvalues_on_the_axis_may_rotate_or_grow() -> None:
 def test_a_stable_matrix_may_grow_first() -> None:
     """Control: [[-1,100],[0,-1]] has abscissa -1 and grows at first at the rate of its log norm, 49."""
     A = torch.tensor([[-1.0, 100.0], [0.0, -1.0]], dtype=torch.float64)
-    assert spectral_abscissa(A).item() == -1.0
+    assert spectral_abscissa(A).item() == pytest.approx(-1.0)
     assert log_norm(A, 2).item() == pytest.approx(49.0)
     assert torch.linalg.matrix_norm(torch.linalg.matrix_exp(A), 2).item() > 30
 
@@ -135,6 +135,44 @@ def test_nan_and_inf_never_reach_lapack(ask, bad: float, monkeypatch: pytest.Mon
     J[1, 0, 2] = J[4, 2, 2] = bad
     with pytest.raises(ValueError, match=r"NaN or inf in 2 of 5 rows \(1, 4\)"):
         ask(J)
+
+
+@given(any_matrices(), st.sampled_from([-900, -40, 0, 40, 900]))
+def test_eigenvalues_scale_with_the_matrix(J: Tensor, exponent: int) -> None:
+    """Matrices of any size between the limits of the dtype, powers of two apart, have abscissas as far apart."""
+    factor = 2.0**exponent
+    torch.testing.assert_close(spectral_abscissa(factor * J) / factor, spectral_abscissa(J), rtol=0, atol=1e-12)
+    torch.testing.assert_close(log_norm(factor * J, 2) / factor, log_norm(J, 2), rtol=0, atol=1e-12)
+
+
+BREAKING = [  # torch 2.13 with MKL: torch.linalg.eigvals does not converge on these, torch.linalg.eig may crash
+    [[0.0, 0.0, -0.72091], [0.0, 0.0, -0.09291], [0.72091, 0.09291, 0.0]],
+    [
+        [-1.0701353507433884e-269, 0.00919405633765284, -0.0025851732517870787],
+        [-0.00919405633765284, -1.0701353507433884e-269, 0.0],
+        [0.25851732517870785, 0.0, -1.0701353507433884e-267],
+    ],
+]
+
+
+@pytest.mark.parametrize("matrix", BREAKING)
+def test_finite_matrices_that_break_lapack_have_their_eigenvalues(matrix: list[list[float]]) -> None:
+    """A rotation of the plane in three dimensions, and entries of 1e-267 beside 0.01: 0 and +-i sqrt(-tr J^2 / 2)."""
+    J = torch.tensor(matrix, dtype=torch.float64)
+    values = eigenvalues(J, "test")
+    frequency = (-torch.trace(J @ J) / 2).sqrt()
+    torch.testing.assert_close(values.real, torch.zeros(3, dtype=torch.float64), rtol=0, atol=1e-14)
+    expected = torch.stack([-frequency, torch.zeros_like(frequency), frequency])
+    torch.testing.assert_close(values.imag.sort().values, expected, rtol=0, atol=1e-14)
+
+
+def test_eigenvalues_are_differentiable() -> None:
+    """gradcheck of the abscissa and of the log norms, zero entries included."""
+    J = torch.randn(3, 4, 4, dtype=torch.float64)
+    J[:, 0, 2] = 0.0
+    J.requires_grad_()
+    assert torch.autograd.gradcheck(spectral_abscissa, J)
+    assert torch.autograd.gradcheck(lambda J: log_norm(J, 2), J)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
