@@ -51,11 +51,8 @@ for name, A in {"diagonally dominant": dominant, "stable, not normal": growing_f
     block = ODEBlock(f, solver=Dopri5(rtol=1e-8, atol=1e-12))
     sizes = block.solve(push, ts=torch.linspace(0, 40, 201)).zs.norm(dim=2) / 1e-3
     grown, left = sizes.amax().item(), sizes[-1].amax().item()
-    print(
-        f"{name:20} {report.verdict[0]:12} abscissa {report.abscissa.item():6.2f}, Gershgorin's bound {bound:6.2f}, ",
-        end="",
-    )
-    print(f"log norm {report.log_norm_2.item():6.2f}; a push of 1 grows to {grown:8.2f} and ends at {left:8.1e}")
+    print(f"{name}: abscissa {report.abscissa.item():.2f}, Gershgorin's bound {bound:.2f}, ", end="")
+    print(f"log norm {report.log_norm_2.item():.2f}: {report.verdict[0]}; a push grows {grown:.2f}x, ends {left:.1e}x")
     assert torch.allclose(J[0], A)
     assert report.abscissa.item() <= min(bound, report.log_norm_2.item()) + 1e-9  # both are upper bounds
     if name == "diagonally dominant":  # Gershgorin's discs alone prove it, and distances never grow
