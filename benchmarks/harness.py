@@ -27,13 +27,13 @@ class Row:
     case: str
     name: str
     ms: float
-    ratio: float  # the time of this row over the time of the first row of its case
+    ratio: float  # the time of this row over that of the first row of its case, turn by turn; the median
     nfe: int | None
     error: float | None  # against a float64 reference
 
 
-def interleaved(runs: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
-    """The median milliseconds of each run; the runs take turns, so that a slow moment of the machine hits them all."""
+def interleaved(runs: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
+    """The milliseconds of each run in each turn; the runs take turns, so that a slow moment of the machine hits all."""
     times: dict[str, list[float]] = {name: [] for name in runs}
     for turn in range(rounds + 2):  # two turns to warm up
         for name, run in runs.items():
@@ -41,7 +41,7 @@ def interleaved(runs: dict[str, Callable[[], Any]], rounds: int) -> dict[str, fl
             run()
             if turn >= 2:
                 times[name].append((time.perf_counter() - start) * 1e3)
-    return {name: statistics.median(values) for name, values in times.items()}
+    return times
 
 
 def evaluations(f: nn.Module, run: Callable[[], Any]) -> tuple[int, Any]:
@@ -55,10 +55,13 @@ def evaluations(f: nn.Module, run: Callable[[], Any]) -> tuple[int, Any]:
     return len(calls), result
 
 
-def rows(case: str, medians: dict[str, float], nfe: dict[str, int], error: dict[str, float]) -> list[Row]:
-    """The lines of one case, with the times relative to its first run."""
-    base = next(iter(medians.values()))
-    return [Row(case, name, ms, ms / base, nfe.get(name), error.get(name)) for name, ms in medians.items()]
+def rows(case: str, times: dict[str, list[float]], nfe: dict[str, int], error: dict[str, float]) -> list[Row]:
+    """The lines of one case: median times, and medians of the ratios to its first run within each turn."""
+    base, table = next(iter(times.values())), []
+    for name, turns in times.items():
+        ratio = statistics.median(ms / first for ms, first in zip(turns, base, strict=True))
+        table.append(Row(case, name, statistics.median(turns), ratio, nfe.get(name), error.get(name)))
+    return table
 
 
 def arguments(description: str) -> argparse.Namespace:
@@ -98,7 +101,7 @@ def publish(name: str, title: str, command: str, table: Sequence[Row], out: Path
         "",
         f"Command: `{command}`. Medians of interleaved runs in one process, {about['threads']} thread. "
         f"{about['device']}; load {about['load']} at the end; Python {about['python']}, {versions}. "
-        "A ratio is the time of a row over that of the first row of its case.",
+        "A ratio is the time of a row over that of the first row of its case: the median over the turns.",
         "",
         "| case | run | ms | ratio | NFE | error |",
         "| --- | --- | ---: | ---: | ---: | ---: |",
