@@ -12,7 +12,7 @@ from odelayers._evaluator import Evaluator
 from odelayers._field import Field, training_batchnorm, training_dropout
 from odelayers._linalg import check_rows_finite
 
-__all__ = ["jacobian", "jvp", "value_and_jacobian"]
+__all__ = ["jacobian", "jvp", "linearization", "value_and_jacobian"]
 
 
 def jacobian(
@@ -29,9 +29,9 @@ def jacobian(
     `z.flatten(1)`. In grad mode it can be differentiated further, to the parameters of `f` and to z. It is found
     without a loop over rows, so rows must not interact inside `f`.
 
-    A field that knows its Jacobian may say so: a method `f.jacobian(z)`, or `f.jacobian(t, z)` for a field that takes
-    the time, returning (B, D, D), is used instead of differentiation. It is passed over when a subclass replaces
-    `forward` alone or when forward hooks are registered, and `verify=True` compares it with the field.
+    A field that is an activation of a linear map may say so, by a method `f.linearize(z)`, or `f.linearize(t, z)` if it
+    takes the time, that gives s (B, D) and W (D, D) with J = diag(s) W; it is used instead of differentiation. It is
+    passed over when a subclass replaces `forward` alone or when forward hooks are registered; `verify=True` checks it.
 
     Args:
         f: field, `f(z)` or `f(t, z)`; its output has the shape of z.
@@ -46,7 +46,7 @@ def jacobian(
     Raises:
         TypeError: z is not a floating-point tensor, or f does not return one.
         ValueError: f returns another shape than z's, or contains a BatchNorm that uses batch statistics; z, f or the
-            Jacobian is not finite (rows named); `verify` found rows that interact, or a wrong `f.jacobian`.
+            Jacobian is not finite (rows named); `verify` found rows that interact, or a wrong `f.linearize`.
 
     >>> jacobian(lambda z: z**2, torch.tensor([[1.0, 3.0]])).tolist()
     [[[2.0, 0.0], [0.0, 6.0]]]
@@ -77,19 +77,39 @@ def value_and_jacobian(
             f"jacobian: field {field.name} contains {culprit} with batch statistics, through which the rows of z "
             f"interact; use GroupNorm instead, or call .eval() on the field first"
         )
-    hook = _closed_form(field)
-    if hook is None:
+    factors = linearization(field, z, t)
+    if factors is None:
         out, J = _differentiate(field, z, t, chunk_size)
     else:
-        out, J = Evaluator(field, len(z))(t, z), hook(t, z)
-        expected = (z.shape[0], z.shape[1:].numel(), z.shape[1:].numel())
-        if J.shape != expected:
-            raise ValueError(f"jacobian: {field.name}.jacobian: expected shape {expected}, got {tuple(J.shape)}")
+        slopes, matrix = factors
+        out, J = Evaluator(field, len(z))(t, z), slopes.unsqueeze(-1) * matrix
     if check_finite and not bool((out.detach().sum() + J.detach().sum()).isfinite()):
         check_rows_finite(z, "jacobian: z")
         check_rows_finite(out, f"jacobian: field {field.name}: f(z)")
         check_rows_finite(J, f"jacobian: field {field.name}: J")
     return out, J
+
+
+def linearization(field: Field, z: Tensor, t: Tensor | float) -> tuple[Tensor, Tensor] | None:
+    """Give s (B, D) and W (D, D) with J = diag(s) W if the field says them of the forward that runs, else None."""
+    f = field.f
+    own = getattr(f, "linearize", None)
+    if not callable(own):
+        return None
+    if isinstance(f, nn.Module):
+        if f._forward_hooks or f._forward_pre_hooks or "forward" in vars(f):
+            return None
+        nearest = next(c for c in type(f).__mro__ if "forward" in vars(c) or "linearize" in vars(c))
+        if "linearize" not in vars(nearest):
+            return None
+    slopes, matrix = own(t, z, *field.context) if field.takes_time else own(z, *field.context)
+    D = z.shape[1:].numel()
+    if slopes.shape != (len(z), D) or matrix.shape != (D, D):
+        raise ValueError(
+            f"field {field.name}: expected linearize to give slopes of shape {(len(z), D)} and a matrix of shape "
+            f"{(D, D)}, got {tuple(slopes.shape)} and {tuple(matrix.shape)}"
+        )
+    return slopes, matrix
 
 
 def jvp(f: Callable[..., Tensor], z: Tensor, v: Tensor, t: Tensor | float = 0.0) -> Tensor:
@@ -152,21 +172,6 @@ def _has_other_leaf(out: Tensor, x: Tensor) -> bool:
     return False
 
 
-def _closed_form(field: Field) -> Field | None:
-    """The field's own Jacobian, called as (t, z), if it has one that speaks of the forward that will run."""
-    f = field.f
-    own = getattr(f, "jacobian", None)
-    if not callable(own):
-        return None
-    if isinstance(f, nn.Module):
-        if f._forward_hooks or f._forward_pre_hooks or "forward" in vars(f):
-            return None
-        nearest = next(c for c in type(f).__mro__ if "forward" in vars(c) or "jacobian" in vars(c))
-        if "jacobian" not in vars(nearest):
-            return None
-    return Field(own, field.takes_time, field.context)
-
-
 def _verify(field: Field, z: Tensor, t: Tensor | float, J: Tensor) -> None:
     """Compare J v with a forward-mode derivative along a random v, which sees all rows at once."""
     dropout = training_dropout(field.f)
@@ -181,9 +186,9 @@ def _verify(field: Field, z: Tensor, t: Tensor | float, J: Tensor) -> None:
         bad = _disagreeing_rows(J, v, expected)
         if not bad:
             return
-        hook = _closed_form(field) is not None
-        if hook and not _disagreeing_rows(_differentiate(field, z, t, None)[1], v, expected):
-            raise ValueError(f"jacobian: {field.name}.jacobian is not the derivative of the field at rows {bad} of z")
+        declared = linearization(field, z, t) is not None
+        if declared and not _disagreeing_rows(_differentiate(field, z, t, None)[1], v, expected):
+            raise ValueError(f"jacobian: {field.name}.linearize is not the derivative of the field at rows {bad} of z")
     raise ValueError(
         f"jacobian: rows of z interact inside field {field.name}: f at rows {bad} changes with other rows; look for "
         f"batch statistics, a mean or softmax over axis 0 or a reshape that mixes the batch axis with others"

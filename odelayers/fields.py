@@ -1,7 +1,7 @@
 """Ready-made autonomous fields f(z); any other module or function f(z) or f(t, z) serves as well.
 
-`SineField`, `SkewSymmetric` and `ConvexPotential` know their Jacobian in closed form and offer it as a method
-`jacobian(z)`, which `odelayers.jacobian` uses; a field of yours may do the same.
+`SineField` and `SkewSymmetric` are activations of a linear map: their Jacobian is diag(s) W. They say so by a method
+`linearize(z)` that gives s and W, which Jacobians and regularisers use; a field of yours may do the same.
 """
 
 from __future__ import annotations
@@ -100,9 +100,9 @@ class SineField(nn.Module):
         """Give dz/dt at states (B, dim)."""
         return torch.sin(-self.linear(z))
 
-    def jacobian(self, z: Tensor) -> Tensor:
-        """Give -cos(Wz + b) W, (B, dim, dim)."""
-        return -torch.cos(self.linear(z)).unsqueeze(-1) * self.linear.weight
+    def linearize(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """Give -cos(Wz + b), (B, dim), and W, (dim, dim): the Jacobian is diag(-cos(Wz + b)) W."""
+        return -torch.cos(self.linear(z)), self.linear.weight
 
 
 class SkewSymmetric(nn.Module):
@@ -150,10 +150,10 @@ class SkewSymmetric(nn.Module):
         """Give dz/dt at states (B, dim)."""
         return _ACTIVATIONS[self.activation][0](F.linear(z, self.matrix(), self.bias))
 
-    def jacobian(self, z: Tensor) -> Tensor:
-        """Give diag(act'(Az + b)) A, (B, dim, dim)."""
+    def linearize(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """Give act'(Az + b), (B, dim), and A, (dim, dim): the Jacobian is diag(act'(Az + b)) A."""
         A = self.matrix()
-        return _ACTIVATIONS[self.activation][1](F.linear(z, A, self.bias)).unsqueeze(-1) * A
+        return _ACTIVATIONS[self.activation][1](F.linear(z, A, self.bias)), A
 
     def extra_repr(self) -> str:
         """Describe the field in its repr."""
@@ -193,11 +193,6 @@ class ConvexPotential(nn.Module):
     def forward(self, z: Tensor) -> Tensor:
         """Give dz/dt at states (B, dim)."""
         return -_ACTIVATIONS[self.activation][0](self.linear(z)) @ self.linear.weight
-
-    def jacobian(self, z: Tensor) -> Tensor:
-        """Give -W' diag(act'(Wz + b)) W, (B, dim, dim)."""
-        slopes = _ACTIVATIONS[self.activation][1](self.linear(z))
-        return -(self.linear.weight.mT * slopes.unsqueeze(-2)) @ self.linear.weight
 
     def operator_norm(self) -> Tensor:
         """Give ||W||, the largest singular value, by a full SVD in float64: exact up to rounding, unlike iterations."""

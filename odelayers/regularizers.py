@@ -14,8 +14,8 @@ from torch.nn import functional as F
 from odelayers._checks import finite_number, half_precision, one_of, positive_int, positive_number, state
 from odelayers._evaluator import Evaluator
 from odelayers._field import Field
-from odelayers._jacobian import jacobian, value_and_jacobian
-from odelayers._linalg import gershgorin
+from odelayers._jacobian import jacobian, linearization
+from odelayers._linalg import check_rows_finite, gershgorin
 
 __all__ = [
     "JacobianRegularizer",
@@ -49,8 +49,8 @@ class LyapunovRegularizer:
     of the paper's eq. 4. Where (2) and (3) hold at a point, Gershgorin's theorem puts all eigenvalues of J in the left
     half plane; a small mean does not make them hold at every point: see `check_stability`.
 
-    Beyond the argument a = log(largest number) / 4 (22 in float32) the exponential goes on as its tangent,
-    e^a (1 + x - a), so that neither it nor the square of its gradient overflows. Half precision is computed in float32.
+    Beyond a = log(largest number) / 4 (22 in float32) the exponential goes on as its tangent, e^a (1 + x - a), so that
+    neither it nor the square of its gradient overflows. Half precision is computed in float32.
 
     Args:
         field: weight of the first term, >= 0; so are `diagonal` and `dominance` of theirs.
@@ -82,7 +82,6 @@ class LyapunovRegularizer:
     samples: int | None = None
 
     def __post_init__(self) -> None:
-        """Check every number, so that a typing error does not train a model for hours."""
         for name in ("field", "diagonal", "dominance"):
             if finite_number(getattr(self, name), f"LyapunovRegularizer: {name}") < 0:
                 raise ValueError(f"LyapunovRegularizer: {name}: expected a weight >= 0, got {getattr(self, name)}")
@@ -137,14 +136,12 @@ class LyapunovRegularizer:
         field, z = Field.of(f), state(z, "LyapunovRegularizer")
         if z.numel() == 0:
             raise ValueError(f"LyapunovRegularizer: expected at least one point, got z of shape {tuple(z.shape)}")
-        if self.samples is None or self.samples >= len(z):
-            velocity, J = value_and_jacobian(field, z, t)
-        else:
+        velocity = _at_least_float32(Evaluator(field, len(z))(t, z))
+        if self.samples is not None and self.samples < len(z):
             device = z.device if generator is None else generator.device
             rows = torch.randperm(len(z), generator=generator, device=device)[: self.samples].to(z.device)
-            velocity, J = Evaluator(field, len(z))(t, z), jacobian(field.take(rows, len(z)), z[rows], t)
-        velocity, J = _at_least_float32(velocity), _at_least_float32(J)
-        centres, radii = gershgorin(J, self.axis)
+            field, z = field.take(rows, len(z)), z[rows]
+        centres, radii = _discs(field, z, t, self.axis)
         return LyapunovTerms(
             field=(self.field_scale * velocity).square().mean(),
             diagonal=_tame_exp(self.diagonal_scale * (centres + self.diagonal_margin)).mean(),
@@ -183,10 +180,7 @@ class SteadyStateRegularizer:
 class KineticRegularizer:
     """The kinetic energy of a trajectory: the integral of |f(t, z)|^2 / D, D the number of coordinates of a row.
 
-    The division by D keeps its weight meaningful when the size of the state changes.
-
-    Source: Finlay, Jacobsen, Nurbekyan, Oberman, "How to train your neural ODE" (ICML 2020), section 4 (there without
-    the division).
+    Source: Finlay et al., "How to train your neural ODE" (ICML 2020), there without the division.
     """
 
     needs_jacobian: ClassVar[bool] = False
@@ -206,8 +200,7 @@ class JacobianRegularizer:
 
     Its mean over e is the squared Frobenius norm of J over D, the number of coordinates of a row.
 
-    Source: Finlay, Jacobsen, Nurbekyan, Oberman, "How to train your neural ODE" (ICML 2020), section 4 (there without
-    the division).
+    Source: Finlay et al., "How to train your neural ODE" (ICML 2020), there without the division.
     """
 
     needs_jacobian: ClassVar[bool] = True
@@ -235,8 +228,8 @@ class JacobianRegularizer:
 class LyaNetRegularizer:
     """LyaNet's pointwise penalty, the mean of relu(V' + kappa V), with V the cross-entropy of head(z) as potential.
 
-    V' = grad V . f is the rate at which the loss changes along the flow. Where the penalty is 0 along a solution, the
-    loss falls at least like e^(-kappa t).
+    V' = grad V . f is its rate along the flow. Where the penalty is 0 along a solution, V falls at least like
+    e^(-kappa t).
 
     Args:
         kappa: wanted rate, > 0, in units of 1/time.
@@ -250,7 +243,6 @@ class LyaNetRegularizer:
     kappa: float = 1.0
 
     def __post_init__(self) -> None:
-        """Check the rate."""
         positive_number(self.kappa, "LyaNetRegularizer: kappa")
 
     def __call__(
@@ -282,6 +274,19 @@ class LyaNetRegularizer:
         velocity = Evaluator(Field.of(f), len(z))(t, z)
         decay = (gradient * velocity).flatten(1).sum(1)
         return F.relu(decay + self.kappa * (potential if further else potential.detach())).mean()
+
+
+def _discs(field: Field, z: Tensor, t: Tensor | float, axis: str) -> tuple[Tensor, Tensor]:
+    """The Gershgorin discs of the Jacobians, (B, D) each; without the Jacobians where they are diag(s) W."""
+    factors = linearization(field, z, t)
+    if factors is None:
+        return gershgorin(_at_least_float32(jacobian(field, z, t)), axis)
+    slopes, matrix = map(_at_least_float32, factors)
+    check_rows_finite(slopes, f"LyapunovRegularizer: field {field.name}: linearize")
+    diagonal, radii = gershgorin(matrix, axis)
+    if axis == "row":
+        return slopes * diagonal, slopes.abs() * radii
+    return slopes * diagonal, slopes.abs() @ (matrix - matrix.diagonal().diag_embed()).abs()
 
 
 def _at_least_float32(x: Tensor) -> Tensor:

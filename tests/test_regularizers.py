@@ -182,6 +182,15 @@ def test_an_empty_batch_is_refused() -> None:
         LyapunovRegularizer()(MLP(3), torch.zeros(0, 3))
 
 
+@pytest.mark.parametrize("build", FIELDS, ids=["closed form", "general"])
+def test_rows_that_are_not_finite_are_named(build: Callable[[], nn.Module]) -> None:
+    """NaN neither passes into the loss nor stays anonymous."""
+    z = torch.zeros(3, 5, dtype=torch.float64)
+    z[1, 2] = math.nan
+    with pytest.raises(ValueError, match=r"1 of 3 rows \(1\)"):
+        LyapunovRegularizer()(build(), z)
+
+
 def test_running_rates_equal_their_formulas() -> None:
     """|f|, |f|^2 / D, and |e' J|^2 / D whose mean over the unit vectors e gives the Frobenius norm of J."""
     f = MLP(6, hidden=(5,)).double()
