@@ -10,7 +10,7 @@ from scipy.stats import binomtest
 
 from examples.mnist import data
 from examples.mnist.attacks import input_gradient
-from examples.mnist.evaluation import holm, mcnemar, wilson
+from examples.mnist.evaluation import _worst, holm, mcnemar, wilson
 from examples.mnist.models import Block, Classifier, attacked, surrogate
 
 DIGITS = data.load("digits").test
@@ -77,3 +77,10 @@ def test_intervals_and_tests_are_the_textbooks():
     assert mcnemar(first, second, "greater") == pytest.approx(299 / 4096)  # sum of C(12, k), k >= 9, over 2^12
     assert mcnemar(first, first) == 1.0
     assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+
+
+def test_the_worst_case_is_chosen_sample_by_sample():
+    """Of several attacks' images, each sample keeps those with the lowest share of right answers."""
+    first = torch.tensor([1.0, 0.0, 0.5]), torch.zeros(3, 1, 2, 2)
+    second = torch.tensor([0.0, 1.0, 0.25]), torch.ones(3, 1, 2, 2)
+    assert _worst([first, second])[:, 0, 0, 0].tolist() == [1.0, 0.0, 1.0]

@@ -60,10 +60,12 @@ def _bars(panel: Axes, results: Results, threat: str) -> None:
             label = kind if position == 1 else None
             panel.bar(x, 100 * share, 0.9 * width, color=colour, label=label, linewidth=0)
             error = [[100 * (share - low)], [100 * (high - share)]]
-            panel.errorbar(x, 100 * share, error, color="#666666", linewidth=1, capsize=2)
+            panel.errorbar(x, 100 * share, error, color="#808080", linewidth=1.2, capsize=2)
+            if kind == "worst":
+                panel.text(x, 100 * high + 2, f"{100 * share:.0f}", ha="center", fontsize=9, fontweight="bold")
     panel.set_xticks(range(len(names)), [_wrapped(results.title(name)) for name in names])
     panel.tick_params(axis="x", length=0)
-    panel.set_ylim(0, 105)
+    panel.set_ylim(0, 112)
     panel.set_yticks(range(0, 101, 25))
     panel.grid(axis="y", color="#E6E6E6", linewidth=0.8)
     panel.set_ylabel("accuracy, %")
@@ -78,18 +80,27 @@ def spectra_figure(results: Results, out: Path) -> Path:
     """Histogram of the real parts of the eigenvalues, one row per field over one axis."""
     fields = results.spectra.result
     values = [value for field in fields.values() for value in field["real_parts"]]
-    edges = np.histogram_bin_edges(values, bins=80)
+    edges = _bins(min(values), max(values))
     with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(len(fields), 1, figsize=(7.2, 1.35 * len(fields) + 0.9), sharex=True, sharey=True)
+        figure, axes = plt.subplots(len(fields), 1, figsize=(7.6, 1.3 * len(fields) + 0.9), sharex=True, sharey=True)
         for panel, colour, (name, field) in zip(np.atleast_1d(axes), LINES, fields.items(), strict=False):
             title = name if name == "untrained" else results.title(name)
-            panel.hist(field["real_parts"], bins=edges, color=colour)
-            panel.axvline(0, color="#1A1A1A", linewidth=1)
-            panel.set_title(f"{title}: {100 * field['unstable']:.1f} % above 0, mean {field['mean']:.2f}")
-            panel.set_yscale("log")
-            panel.set_ylabel("count")
-        panel.set_xlabel("real part of an eigenvalue of the field's Jacobian")
+            share = np.full(len(field["real_parts"]), 100 / len(field["real_parts"]))
+            panel.hist(field["real_parts"], bins=edges, weights=share, color=colour)
+            panel.axvline(0, color="#1A1A1A", linewidth=1, linestyle=":")
+            panel.set_title(title)
+            note = f"{100 * field['unstable']:.1f} % above 0, mean {field['mean']:z.2f}"
+            panel.set_title(note, loc="right", fontsize=9, color="#444444")
+            panel.grid(axis="y", color="#E6E6E6", linewidth=0.8)
+        figure.supylabel("share of eigenvalues, %", fontsize=10)
+        axes[-1].set_xlabel(f"real part of an eigenvalue of the field's Jacobian ({field['points']} training points)")
         return _save(figure, results, out / "spectra.png")
+
+
+def _bins(low: float, high: float, count: int = 80) -> np.ndarray:
+    """Equal bins with an edge at 0, so that no bin mixes the two signs."""
+    width = (high - low) / count
+    return width * np.arange(np.floor(low / width), np.ceil(high / width) + 1)
 
 
 def _save(figure: Figure, results: Results, path: Path) -> Path:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from scipy.stats import wasserstein_distance
+
 from .evaluation import mcnemar
 from .figures import bars_figure, spectra_figure
 from .records import Record
@@ -155,12 +157,20 @@ def spectra_finding(results: Results) -> str:
     for name, field in results.spectra.result.items():
         title = name if name == "untrained" else results.title(name)
         parts.append(
-            f"{title} {100 * field['unstable']:.1f} % (mean {field['mean']:.2f}, largest {field['largest']:.2f})"
+            f"{title} {100 * field['unstable']:.1f} % (mean {field['mean']:z.2f}, largest {field['largest']:z.2f})"
         )
-    points = next(iter(results.spectra.result.values()))["points"]
+    fields = results.spectra.result
+    noise, control, _ = PRIMARY
+    start = results.train[noise]["config"]["model"]["start"]
+    moved = wasserstein_distance(fields[start]["real_parts"], fields[control]["real_parts"])
+    by_noise = wasserstein_distance(fields[noise]["real_parts"], fields[control]["real_parts"])
     return (
-        f"Real parts of the eigenvalues of the field's Jacobian at the same {points} training points. "
-        f"Share above zero: {'; '.join(parts)}."
+        f"Real parts of the eigenvalues of the field's Jacobian at the same {fields[start]['points']} training points. "
+        f"Share above zero: {'; '.join(parts)}. The longer training moved an eigenvalue by {moved:.2g} on average "
+        f"(Wasserstein distance of {results.title(control)} from {results.title(start)}), the noise by {by_noise:.2g} "
+        f"({results.title(noise)} from {results.title(control)}). The noise is a multiple of the field itself, and the "
+        f"median size of the field at these points is {fields[noise]['median_residual']:.2g}, against "
+        f"{fields['untrained']['median_residual']:.2g} untrained."
     )
 
 
