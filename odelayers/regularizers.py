@@ -46,7 +46,7 @@ class LyapunovRegularizer:
         + dominance * mean exp(dominance_scale (R_i - |J_ii| + dominance_margin)),
 
     means over points and coordinates: the penalty form of the constraints (1) f = 0, (2) J_ii < 0 and (3) |J_ii| > R_i
-    of the paper's eq. 4. Where (2) and (3) hold at a point, Gershgorin's theorem puts all eigenvalues of J in the left
+    of the source's eq. 4. Where (2) and (3) hold at a point, Gershgorin's theorem puts all eigenvalues of J in the left
     half plane; a small mean does not make them hold at every point: see `check_stability`.
 
     Beyond a = log(largest number) / 4 (22 in float32) the exponential goes on as its tangent, e^a (1 + x - a), so that
@@ -57,13 +57,13 @@ class LyapunovRegularizer:
         field_scale: factor on f, > 0; so are `diagonal_scale` and `dominance_scale` in their exponents.
         diagonal_margin: how far below 0 the diagonal is wanted, in units of J.
         dominance_margin: by how much |J_ii| is wanted above R_i, in units of J.
-        axis: `"row"` as in the paper's theorem 4, or `"column"`; both imply stability.
+        axis: `"row"` as in the source's theorem 4, or `"column"`; both imply stability.
         samples: number of rows of z, drawn anew at each call, at which Jacobians are taken; all when None.
 
     Raises:
         TypeError, ValueError: an argument is of the wrong kind or outside its range.
 
-    Source: Kang, Song, Ding, Tay, "Stable neural ODE with Lyapunov-stable equilibrium points" (NeurIPS 2021), eq. 4.
+    Source: Shariatian, "Can neural ODEs offer free robustness?", eq. 4, after Kang et al., SODEF (NeurIPS 2021).
 
     >>> regularizer = LyapunovRegularizer(field=1.0, diagonal=0.5, dominance=0.5)
     >>> round(regularizer(lambda z: -z, torch.zeros(8, 3)).item(), 5) == round(math.exp(-1), 5)

@@ -74,7 +74,7 @@ class StabilityReport:
         log_norm_1: logarithmic norm for p = 1, which is the Gershgorin bound over columns.
         log_norm_2: logarithmic norm for p = 2.
         log_norm_inf: logarithmic norm for p = inf, which is the Gershgorin bound over rows, max J_ii + R_i.
-        diagonal: largest J_ii; constraint (2) of the paper's eq. 4 asks for < 0.
+        diagonal: largest J_ii; constraint (2) of the Lyapunov regulariser asks for < 0.
         row_dominance: smallest |J_ii| - R_i over rows; constraint (3) asks for > 0.
         column_dominance: the same over columns.
         rounding: D eps |J| (Frobenius), the backward error of the eigenvalues; those of a matrix far from normal can
@@ -152,8 +152,8 @@ def check_stability(
     Raises:
         TypeError, ValueError: as `jacobian`; `margin` is negative or not finite.
 
-    Source: linear stability and Gershgorin's theorem, theorems 3 and 4 of SODEF (Kang et al. 2021), corrected: the
-    real part of the diagonal must be below minus the radius.
+    Source: Shariatian, "Can neural ODEs offer free robustness?", theorems 3 (linear stability) and 4 (Gershgorin), the
+    latter corrected: it is the real part of J_ii that must lie below -R_i.
 
     >>> check_stability(lambda z: -z, torch.zeros(2, 3)).verdict
     ['contracting', 'contracting']

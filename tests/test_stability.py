@@ -12,7 +12,7 @@ import scipy.integrate
 import scipy.linalg
 import scipy.optimize
 import torch
-from hypothesis import given, strategies as st
+from hypothesis import given, settings, strategies as st
 from torch import Tensor
 
 from odelayers._solution import SolveError
@@ -162,6 +162,7 @@ def test_the_trace_over_a_ball_is_bounded_by_the_field_on_its_surface() -> None:
         assert (trace - bound < 1e-9) == sharp
 
 
+@settings(max_examples=25)
 @given(st.integers(0, 2**32), st.integers(1, 4))
 def test_exponents_of_a_triangular_linear_system_are_its_diagonal(seed: int, dim: int) -> None:
     """The frame stays put, so even a short time gives the diagonal, sorted."""
