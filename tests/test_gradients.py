@@ -26,7 +26,7 @@ from odelayers import (
 from problems import ODE_SOLVERS, SDE_SOLVERS, TanhNet, gradients, name
 
 AGAIN = (Checkpoint(), Adjoint())
-TIGHT = Dopri5(rtol=1e-10, atol=1e-10)
+TIGHT = Dopri5(rtol=1e-9, atol=1e-9)
 
 
 def reading(solver: Any) -> dict[str, str]:
@@ -165,20 +165,6 @@ def test_a_plain_function_passes_the_gradient_to_the_state(gradient: Any) -> Non
 
 
 @pytest.mark.parametrize("gradient", AGAIN, ids=name)
-def test_a_captured_tensor_is_refused_by_gradients_that_evaluate_again(gradient: Any) -> None:
-    """A closure's tensor would lose its gradient silently: refused with the remedy, right under Backprop."""
-    w, layer = torch.tensor(0.5, dtype=torch.float64, requires_grad=True), nn.Linear(1, 1, dtype=torch.float64)
-    z = torch.ones(2, 1, dtype=torch.float64)
-    for f in (lambda z: -w * z, lambda z: layer(z)):
-        with pytest.raises(GradientError, match=r"neither a parameter.*context=.*Backprop"):
-            ODEBlock(f, gradient=gradient)(z)
-        with torch.no_grad():
-            ODEBlock(f, gradient=gradient)(z)
-    ODEBlock(lambda z: -w * z, solver=TIGHT)(z).sum().backward()
-    assert w.grad is not None and w.grad.item() == pytest.approx(-2 * 0.60653066, abs=1e-7)
-
-
-@pytest.mark.parametrize("gradient", AGAIN, ids=name)
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_bad_incoming_gradient_is_reported_as_the_loss_s(gradient: Any, bad: float) -> None:
     """NaN from the loss is not mistaken for a failed solve."""
@@ -186,41 +172,6 @@ def test_a_bad_incoming_gradient_is_reported_as_the_loss_s(gradient: Any, bad: f
     out = ODEBlock(TanhNet(2), gradient=gradient)(z)
     with pytest.raises(GradientError, match="backward pass: the gradient that reaches the solution is NaN or inf"):
         out.backward(torch.full_like(out, bad))
-
-
-class Moody(nn.Module):
-    """A field that differs between training and evaluation."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.rate = nn.Parameter(torch.tensor(0.7, dtype=torch.float64))
-
-    def forward(self, z: Tensor) -> Tensor:
-        return -self.rate * z if self.training else -10 * self.rate * z
-
-
-@pytest.mark.parametrize("gradient", AGAIN, ids=name)
-def test_the_mode_of_the_forward_pass_holds_in_the_backward_pass(gradient: Any) -> None:
-    """eval() between forward and backward changes nothing, and the mode set stays set."""
-    f, z, found = Moody(), torch.ones(2, 2, dtype=torch.float64), []
-    for flip in (False, True):
-        out = ODEBlock(f.train(), gradient=gradient)(z)
-        if flip:
-            f.eval()
-        found.append(gradients(out.sum(), [f.rate]))
-    assert_equal(found[0], found[1], 0)
-    assert not f.training
-
-
-@pytest.mark.parametrize("gradient", [Backprop(), *AGAIN], ids=name)
-def test_a_parameter_changed_in_place_before_backward_raises(gradient: Any) -> None:
-    """An optimiser's step between forward and backward is an error, as it is in plain torch."""
-    net = TanhNet(2)
-    out = ODEBlock(net, gradient=gradient)(torch.ones(2, 2, dtype=torch.float64))
-    with torch.no_grad():
-        net.second.weight.add_(1.0)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        out.sum().backward()
 
 
 @pytest.mark.parametrize("gradient", [Backprop(), *AGAIN], ids=name)

@@ -195,6 +195,14 @@ def test_fixed_grids_count_their_evaluations(solver: type) -> None:
         assert stats.nfe == calls == steps * EVALUATIONS[solver]
 
 
+@pytest.mark.parametrize("way", [1, -1])
+def test_float32_output_times_lie_on_the_grid(way: int) -> None:
+    """Output times rounded to float32 do not split the steps of a grid that they lie on."""
+    ts = torch.linspace(0, way * 1.0, 11)
+    stats = ODEBlock(lambda z: -z, solver=RK4(steps=10)).solve(torch.ones(2, 1), ts).stats
+    assert (stats.accepted, stats.nfe) == (10, 40)
+
+
 @pytest.mark.parametrize("solver", ADAPTIVE, ids=name)
 def test_adaptive_solvers_count_their_evaluations(solver: type) -> None:
     """NFE is one at the start, one for the first step's length unless given, and six for every step tried."""
