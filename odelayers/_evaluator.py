@@ -53,14 +53,11 @@ class Evaluator:
     def _first(self, t: Tensor | float, z: Tensor) -> Tensor:
         """The solve's own first evaluation, on a copy of z, so that a field that writes into z harms nothing."""
         recording = torch.is_grad_enabled()
-        copy = z.clone() if recording or self.inspect is None else z.detach().clone()
-        version = None if copy.is_inference() else copy._version
-        try:
-            with torch.set_grad_enabled(recording or self.inspect is not None):
-                dz = self._evaluate(t, copy)
-        except RuntimeError as error:
-            self._explain(error, z)
-            raise
+        with torch.set_grad_enabled(recording or self.inspect is not None):
+            # Where the graph is inspected the copy hangs on a leaf of its own, which the walk takes for the state.
+            copy = (z if recording or self.inspect is None else z.detach().requires_grad_()).clone()
+            version = None if copy.is_inference() else copy._version
+            dz = self._tried(t, copy)
         where = f"field {self.field.name}"
         if not isinstance(dz, Tensor):
             raise TypeError(f"{where}: expected a Tensor, got {type(dz).__name__}")
@@ -81,6 +78,13 @@ class Evaluator:
             self.inspect(dz, copy)
             dz = dz if recording else dz.detach()
         return dz.to(z.dtype)
+
+    def _tried(self, t: Tensor | float, z: Tensor) -> Tensor:
+        try:
+            return self._evaluate(t, z)
+        except RuntimeError as error:
+            self._explain(error, z)
+            raise
 
     def _explain(self, error: RuntimeError, z: Tensor) -> None:
         """Raise what the user can act on where the field's parameters and the state disagree on dtype or device."""

@@ -10,7 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Field", "modules", "parameters", "takes_time", "tensors", "training_batchnorm", "training_dropout"]
+__all__ = [
+    "Field",
+    "as_rows",
+    "modules",
+    "parameters",
+    "takes_time",
+    "tensors",
+    "training_batchnorm",
+    "training_dropout",
+]
 
 _POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 _BATCHNORM = (nn.modules.batchnorm._BatchNorm,)
@@ -60,7 +69,10 @@ class Field:
         """Wrap `f`, deciding its calling convention, unless it is wrapped already."""
         if isinstance(f, Field):
             return f
-        return cls(f, takes_time(f, time), _as_tuple(context))
+        field = cls(f, takes_time(f, time), _as_tuple(context))
+        if field.context:
+            field._check_call()
+        return field
 
     def __call__(self, t: Tensor | float, z: Tensor) -> Tensor:
         """Evaluate at time `t` (a tensor that broadcasts against z) and state `z` of shape (B, ...)."""
@@ -69,6 +81,20 @@ class Field:
         if not isinstance(t, Tensor):
             t = torch.full((), t, dtype=z.dtype, device=z.device)
         return self.f(t, z, *self.context)
+
+    def _check_call(self) -> None:
+        """Refuse a context that the field's signature has no place for, before the call fails in its own words."""
+        target = self.f.forward if isinstance(self.f, nn.Module) else self.f
+        said = "f(t, z, " if self.takes_time else "f(z, "
+        try:
+            inspect.signature(target).bind(*range(1 + self.takes_time + len(self.context)))
+        except ValueError:
+            return  # no signature to be had: the call itself will tell
+        except TypeError as error:
+            raise TypeError(
+                f"field {self.name}: called as {said}context) with {len(self.context)} context tensor(s), but {error}; "
+                f"time=False says f(z, context), time=True f(t, z, context)"
+            ) from error
 
     def take(self, rows: Tensor, batch: int) -> Field:
         """The same field for these rows alone: context with the batch's size as its first axis is per row."""
@@ -89,6 +115,11 @@ def _as_tuple(context: Any) -> tuple[Tensor, ...]:
         if not isinstance(item, Tensor):
             raise TypeError(f"context: expected a Tensor or a tuple of Tensors, got {type(item).__name__}")
     return items
+
+
+def as_rows(z: Tensor) -> Tensor:
+    """A state `(B, ...)` as `(B, D)`, a batch of scalars `(B,)` as `(B, 1)`."""
+    return z.flatten(1) if z.ndim > 1 else z.unsqueeze(1)
 
 
 def modules(f: Callable[..., Any]) -> Iterator[nn.Module]:

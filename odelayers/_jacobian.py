@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from odelayers._checks import positive_int, state
 from odelayers._evaluator import Evaluator
-from odelayers._field import Field, training_batchnorm, training_dropout
+from odelayers._field import Field, as_rows, training_batchnorm, training_dropout
 from odelayers._linalg import check_rows_finite
 
 __all__ = ["jacobian", "jvp", "linearization", "value_and_jacobian"]
@@ -196,7 +196,7 @@ def _verify(field: Field, z: Tensor, t: Tensor | float, J: Tensor) -> None:
 
 
 def _disagreeing_rows(J: Tensor, v: Tensor, expected: Tensor) -> list[int]:
-    found, expected = (J @ v.flatten(1).unsqueeze(-1)).squeeze(-1), expected.flatten(1)
+    found, expected = (J @ as_rows(v).unsqueeze(-1)).squeeze(-1), as_rows(expected)
     tolerance = torch.finfo(J.dtype).eps ** 0.5 * (found.norm(dim=1) + expected.norm(dim=1))
     rows: list[int] = ((found - expected).norm(dim=1) > tolerance).nonzero().flatten().tolist()
     return rows

@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from odelayers._field import Field
+from odelayers._field import Field, as_rows
 
 __all__ = ["RunningField", "RunningRegularizer"]
 
@@ -48,7 +48,7 @@ class RunningField(Field):
 
     def enter(self, z: Tensor) -> Tensor:
         """The augmented state at the start: every integral is zero."""
-        return torch.cat([z.flatten(1), z.new_zeros(z.shape[0], len(self.regularizers))], dim=1)
+        return torch.cat([as_rows(z), z.new_zeros(len(z), len(self.regularizers))], dim=1)
 
     def leave(self, zs: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
         """States `(T, B, ...)` and the integrals at the last time from augmented states `(T, B, D + R)`."""
@@ -66,7 +66,7 @@ class RunningField(Field):
         with torch.set_grad_enabled(recording or jacobian):
             dz = field(t, z)
             rates = [r.rate(t, z, dz, probe) for r in self.regularizers]
-            out = torch.cat([dz.flatten(1), torch.stack(rates, dim=1).to(dz.dtype)], dim=1)
+            out = torch.cat([as_rows(dz), torch.stack(rates, dim=1).to(dz.dtype)], dim=1)
         return out if recording else out.detach()
 
     def _parts(self) -> tuple[Field, Tensor]:

@@ -12,8 +12,9 @@ from odelayers._driver import Driver
 from odelayers._evaluator import Evaluator, OnCall
 from odelayers._field import Field, training_batchnorm, training_dropout
 from odelayers._gradients import Adjoint, Backprop, Checkpoint, Gradient
-from odelayers._solution import SolveError, Stats
+from odelayers._solution import SolveError, Stats, Status
 from odelayers._solvers import Solver
+from odelayers._solvers.base import fail, nonfinite_rows
 
 __all__ = ["Problem", "check_pair", "solve"]
 
@@ -79,6 +80,7 @@ def solve(problem: Problem, solver: Solver, gradient: Gradient, isolate: bool) -
         f = Evaluator(part.field, len(rows), part.half, part.on_call)
         try:
             path = gradient.solve(solver, f, part.z0, part.ts, part.driver)
+            _check_range(path.zs, part, solver, f)
             break
         except SolveError as error:
             if not isolate or not error.rows:
@@ -97,3 +99,12 @@ def solve(problem: Problem, solver: Solver, gradient: Gradient, isolate: bool) -
         # index_copy keeps the healthy rows in the graph and leaves the failed ones NaN without a gradient.
         zs = zs.new_full((len(problem.ts), *problem.z0.shape), torch.nan).index_copy(1, rows, zs)
     return zs, Stats(nfe + f.nfe, path.accepted, path.rejected, status, failed_at)
+
+
+def _check_range(zs: Tensor, part: Problem, solver: Solver, f: Evaluator) -> None:
+    """A half-precision state is solved for in float32; refuse one that does not fit when it goes back."""
+    if part.half is None:
+        return
+    bad = nonfinite_rows(zs.detach().to(part.half).transpose(0, 1))
+    if bad.any():
+        raise fail(solver, f, bad, part.ts[-1], part.driver, Status.BLOW_UP, f"beyond the range of {part.half}")

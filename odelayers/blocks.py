@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -13,6 +11,7 @@ from torch import Tensor, nn
 from odelayers import _checks
 from odelayers._block import Block, FieldFunction, resolve_solver
 from odelayers._block_sde import NoisyBlock
+from odelayers._count import count_nfe
 from odelayers._driver import Diffusion, Driver, NoisyClock, Uniform
 from odelayers._evaluator import Evaluator
 from odelayers._field import Field, takes_time
@@ -285,48 +284,3 @@ class DropoutSDEBlock(NoisyBlock):
     def extra_repr(self) -> str:
         """The record of the block in its repr."""
         return f"p={self.p}, {super().extra_repr()}, layer_time={self.layer_time}, noise_in_eval={self.noise_in_eval}"
-
-
-class NFECount:
-    """Evaluations of the fields counted so far, in `nfe`."""
-
-    def __init__(self) -> None:
-        self.nfe = 0
-
-    def _add(self) -> None:
-        self.nfe += 1
-
-
-@contextmanager
-def count_nfe(module: nn.Module) -> Iterator[NFECount]:
-    """Count the evaluations of the fields of all blocks in a module, those of backward passes included.
-
-    Args:
-        module: a block or any module that holds blocks.
-
-    Yields:
-        An object whose `nfe` is the count so far; one evaluation is one call of a field on a batch.
-
-    Raises:
-        ValueError: if the module holds no block.
-
-    Example:
-        >>> import torch
-        >>> from odelayers import RK4
-        >>> block = ODEBlock(torch.nn.Linear(2, 2), solver=RK4(steps=5))
-        >>> with count_nfe(block) as count:
-        ...     _ = block(torch.randn(3, 2))
-        >>> count.nfe
-        20
-    """
-    blocks = [m for m in module.modules() if isinstance(m, Block)]
-    if not blocks:
-        raise ValueError(f"count_nfe: expected a module that holds a block, got {type(module).__name__} without one")
-    count = NFECount()
-    for block in blocks:
-        block._counters.append(count._add)
-    try:
-        yield count
-    finally:
-        for block in blocks:
-            block._counters.remove(count._add)

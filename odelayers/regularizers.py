@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from odelayers._checks import finite_number, half_precision, one_of, positive_int, positive_number, state
 from odelayers._evaluator import Evaluator
-from odelayers._field import Field
+from odelayers._field import Field, as_rows
 from odelayers._jacobian import jacobian, linearization
 from odelayers._linalg import check_rows_finite, gershgorin
 
@@ -172,7 +172,7 @@ class SteadyStateRegularizer:
         >>> SteadyStateRegularizer().rate(0.0, torch.zeros(1, 2), torch.tensor([[3.0, 4.0]]), torch.zeros(1, 2))
         tensor([5.])
         """
-        speed: Tensor = torch.linalg.vector_norm(dz.flatten(1), dim=1)
+        speed: Tensor = torch.linalg.vector_norm(as_rows(dz), dim=1)
         return speed
 
 
@@ -191,7 +191,7 @@ class KineticRegularizer:
         >>> KineticRegularizer().rate(0.0, torch.zeros(1, 2), torch.tensor([[3.0, 4.0]]), torch.zeros(1, 2))
         tensor([12.5000])
         """
-        return dz.flatten(1).square().mean(1)
+        return as_rows(dz).square().mean(1)
 
 
 @dataclass(frozen=True)
@@ -221,7 +221,7 @@ class JacobianRegularizer:
         if dz.requires_grad:
             (gradient,) = torch.autograd.grad(dz, z, probe, create_graph=True, allow_unused=True)
         # A field that does not depend on z has the Jacobian 0.
-        return dz.new_zeros(len(dz)) if gradient is None else gradient.flatten(1).square().mean(1)
+        return dz.new_zeros(len(dz)) if gradient is None else as_rows(gradient).square().mean(1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -272,7 +272,7 @@ class LyaNetRegularizer:
             potential = F.cross_entropy(head(x), y, reduction="none")
             (gradient,) = torch.autograd.grad(potential.sum(), x, create_graph=further)
         velocity = Evaluator(Field.of(f), len(z))(t, z)
-        decay = (gradient * velocity).flatten(1).sum(1)
+        decay = as_rows(gradient * velocity).sum(1)
         return F.relu(decay + self.kappa * (potential if further else potential.detach())).mean()
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from odelayers._checks import finite_number, positive_int, state
 from odelayers._driver import Clock
 from odelayers._evaluator import Evaluator
-from odelayers._field import Field
+from odelayers._field import Field, as_rows
 from odelayers._jacobian import jacobian, value_and_jacobian
 from odelayers._linalg import eigenvalues, gershgorin, log_norm, spectral_abscissa
 from odelayers._solvers.fixed import RK4
@@ -168,7 +168,7 @@ def check_stability(
         field=field.name,
         t=float(t),
         margin=float(margin),
-        residual=velocity.flatten(1).norm(dim=1),
+        residual=as_rows(velocity).norm(dim=1),
         abscissa=spectral_abscissa(J),
         log_norm_1=log_norm(J, 1),
         log_norm_2=log_norm(J, 2),
@@ -219,11 +219,11 @@ def lyapunov_exponents(
 
     def with_frame(t: Tensor, s: Tensor) -> Tensor:
         velocity, J = value_and_jacobian(field, s[:, :D].reshape(z0.shape), t, check_finite=False)
-        return torch.cat([velocity.flatten(1), (J @ s[:, D:].reshape(-1, D, D)).flatten(1)], 1)
+        return torch.cat([as_rows(velocity), (J @ s[:, D:].reshape(-1, D, D)).flatten(1)], 1)
 
     with_frame.__name__ = field.name  # the solver checks for NaN and inf, and names the field
     system, solver, h = Evaluator(Field.of(with_frame), len(z0)), RK4(steps=1), (t1 - t0) / steps
-    z = z0.flatten(1)
+    z = as_rows(z0)
     Q = torch.eye(D, dtype=z.dtype, device=z.device).expand(len(z), D, D)
     stretchings = z.new_zeros(z.shape)
     for i in range(steps):

@@ -12,7 +12,7 @@ from torch import Tensor
 from odelayers._checks import positive_number
 from odelayers._driver import Clock, Driver
 from odelayers._evaluator import Evaluator
-from odelayers._field import Field
+from odelayers._field import Field, as_rows
 from odelayers._gradients.base import Gradient, Setting, check_cotangent, wanted_tensors
 from odelayers._solution import GradientError
 from odelayers._solvers.adaptive import AdaptiveRungeKutta
@@ -94,6 +94,7 @@ class _Backward:
     def forward(self, z0: Tensor) -> Tensor:
         path = self.solver.integrate(self.f, z0, self.ts, self.clock)
         self.accepted, self.rejected = path.accepted, path.rejected
+        self.setting.check_still()
         return path.zs
 
     def backward(self, zs: Tensor, gradient: Tensor) -> list[Tensor | None]:
@@ -114,8 +115,8 @@ class _Backward:
         return [a, *(g if used else None for g, used in zip(shaped, field.used, strict=True))]
 
     def _check_drift(self, recovered: Tensor, stored: Tensor, t: float) -> None:
-        size = stored.flatten(1).norm(dim=1)
-        drift = (recovered - stored).flatten(1).norm(dim=1) / (size + size.mean() + torch.finfo(stored.dtype).tiny)
+        size = as_rows(stored).norm(dim=1)
+        drift = as_rows(recovered - stored).norm(dim=1) / (size + size.mean() + torch.finfo(stored.dtype).tiny)
         worst = drift.max().item()
         if not worst <= self.gradient.max_drift:
             raise GradientError(
@@ -163,12 +164,12 @@ class _Flow(torch.autograd.Function):
     def forward(ctx: Any, backward: _Backward, z0: Tensor, *wanted: Tensor) -> Tensor:
         zs = backward.forward(z0)
         ctx.solve = backward
-        ctx.save_for_backward(zs, *wanted)
+        ctx.save_for_backward(zs)
         return zs
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
         check_cotangent(gradient)
-        zs = ctx.saved_tensors[0]  # reading them raises if a parameter was changed in place since the forward solve
+        (zs,) = ctx.saved_tensors
         with torch.no_grad(), ctx.solve.setting.restored():
             return None, *ctx.solve.backward(zs, gradient)

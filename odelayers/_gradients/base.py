@@ -13,7 +13,7 @@ from torch import Tensor
 
 from odelayers._driver import Diffusion, Driver
 from odelayers._evaluator import Evaluator
-from odelayers._field import Field, modules, parameters
+from odelayers._field import Field, modules, parameters, tensors
 from odelayers._solution import GradientError
 from odelayers._solvers.base import Path, Solver
 
@@ -81,16 +81,38 @@ def _refuse_captured(value: Tensor, state: Tensor, known: set[torch.autograd.gra
 
 
 class Setting:
-    """The training modes and the autocast in force at the forward solve, to be restored for the backward one."""
+    """What the forward solve read and ran under: the backward pass must find the same.
+
+    Training modes and autocast are restored; tensors that have changed in place since are refused.
+    """
 
     def __init__(self, f: Evaluator, driver: Driver, device: torch.device) -> None:
+        read = [x for field in fields(f, driver) for x in (*tensors(field.f), *field.context)]
+        read += [driver.noise.given] if driver.noise is not None and driver.noise.given is not None else []
+        self.versions = [(x, x._version) for x in read if not x.is_inference()]
         self.modes = [(m, m.training) for field in fields(f, driver) for m in modules(field.f)]
         self.device = device.type
         self.autocast = torch.is_autocast_enabled(self.device), torch.get_autocast_dtype(self.device)
 
+    def check_still(self) -> None:
+        """Refuse a field that changed its own buffers while it was solved for: evaluated again it would be another."""
+        if any(x._version != version for x, version in self.versions):
+            raise GradientError(
+                "the field's parameters or buffers moved while it was evaluated (spectral_norm in training mode, a "
+                "running statistic): a gradient that evaluates the field again would see another field. Call "
+                "field.eval(), or use gradient=Backprop()"
+            )
+
     @contextmanager
     def restored(self) -> Iterator[None]:
         """Run as in the forward solve."""
+        for x, version in self.versions:
+            if x._version != version:
+                raise GradientError(
+                    f"backward pass: a tensor of shape {tuple(x.shape)} that the field reads was modified by an "
+                    f"in-place operation since the forward solve, and the field must be evaluated again: call "
+                    f"backward() first, or change a copy"
+                )
         now = [(m, m.training) for m, _ in self.modes]
         enabled, dtype = self.autocast
         try:

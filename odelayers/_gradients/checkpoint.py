@@ -73,6 +73,7 @@ class _Solve:
             self.steps.append((taken.step, taken.before))
             self.rejected += taken.rejected
             zs.extend(taken.outputs)
+        self.setting.check_still()
         return torch.stack(zs)
 
     def backward(self, z0: Tensor, gradient: Tensor) -> list[Tensor | None]:
@@ -115,12 +116,12 @@ class _TakenAgain(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, solve: _Solve, z0: Tensor, *wanted: Tensor) -> Tensor:
         ctx.solve = solve
-        ctx.save_for_backward(z0, *wanted)
+        ctx.save_for_backward(z0)
         return solve.forward(z0)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
         check_cotangent(gradient)
-        z0 = ctx.saved_tensors[0]  # reading them raises if a parameter was changed in place since the forward solve
+        (z0,) = ctx.saved_tensors
         with torch.no_grad(), ctx.solve.setting.restored():
             return None, *ctx.solve.backward(z0, gradient)

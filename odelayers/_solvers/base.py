@@ -13,6 +13,7 @@ from torch import Tensor
 
 from odelayers._driver import Driver
 from odelayers._evaluator import Evaluator
+from odelayers._field import as_rows
 from odelayers._solution import SolveError, Status
 
 __all__ = ["MarchingSolver", "Norm", "Path", "Solver", "Step", "Taken", "fail", "row_rms"]
@@ -23,7 +24,7 @@ Norm = Callable[[Tensor], Tensor]
 
 def row_rms(error: Tensor) -> Tensor:
     """The root mean square of a scaled error `(B, ...)` over each row, `(B,)`; the worst row decides the step."""
-    rows = error.reshape(error.shape[0], -1)
+    rows = as_rows(error)
     norms: Tensor = torch.linalg.vector_norm(rows, dim=1)
     return norms / math.sqrt(max(rows.shape[1], 1))
 
@@ -118,4 +119,4 @@ def fail(
 
 def nonfinite_rows(z: Tensor) -> Tensor:
     """Which rows hold a NaN or inf, `(B,)`."""
-    return ~z.reshape(z.shape[0], -1).isfinite().all(dim=1)
+    return ~as_rows(z).isfinite().all(dim=1)

@@ -42,7 +42,7 @@ class FixedGrid(MarchingSolver):
         """The steps: the equal grid, with output times that fall between its points added."""
         t0, t1 = ts[0], ts[-1]
         h = (t1 - t0) / self.steps
-        near = 1e-9 * abs(h)
+        near = 1e-5 * abs(h)  # output times rounded to float32 still lie on the grid
         marks = [(t, True) for t in ts]
         position = 0
         for i in range(1, self.steps):
