@@ -152,8 +152,9 @@ def _differentiate(field: Field, z: Tensor, t: Tensor | float, chunk_size: int |
                 out, x, direction, create_graph=further, retain_graph=True, materialize_grads=True
             )[0]
 
-        outputs = torch.eye(z.shape[1:].numel(), dtype=out.dtype, device=z.device).reshape(-1, *z.shape[1:])
-        J = torch.func.vmap(pull_back, chunk_size=chunk_size)(outputs).flatten(2).transpose(0, 1)
+        D = z.shape[1:].numel()
+        outputs = torch.eye(D, dtype=out.dtype, device=z.device).reshape(-1, *z.shape[1:])
+        J = torch.func.vmap(pull_back, chunk_size=chunk_size)(outputs).reshape(D, len(z), D).transpose(0, 1)
     return (out if further else out.detach()), J
 
 

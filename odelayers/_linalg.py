@@ -115,7 +115,7 @@ def check_rows_finite(x: Tensor, where: str) -> None:
     finite = x.isfinite()
     if bool(finite.all()):
         return
-    bad = (~finite.flatten(1).all(1)).nonzero().flatten().tolist()
+    bad = (~finite.reshape(len(x), -1).all(1)).nonzero().flatten().tolist()
     rows = ", ".join(map(str, bad[:10])) + (", ..." if len(bad) > 10 else "")
     raise ValueError(
         f"{where}: expected finite numbers, got NaN or inf in {len(bad)} of {len(x)} rows ({rows}); "

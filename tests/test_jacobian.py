@@ -55,6 +55,15 @@ def test_time_is_passed_on() -> None:
         torch.testing.assert_close(jacobian(f, z, t), expected, rtol=0, atol=1e-12)
 
 
+def test_a_batch_of_scalars_has_jacobians_of_one_entry() -> None:
+    """z of shape (B,), with its NaN rows named."""
+    z = torch.randn(5, dtype=torch.float64)
+    J = jacobian(lambda z: z**3, z, verify=True)
+    torch.testing.assert_close(J, (3 * z**2).view(5, 1, 1), rtol=0, atol=1e-12)
+    with pytest.raises(ValueError, match=r"1 of 2 rows \(1\)"):
+        jacobian(lambda z: z**3, torch.tensor([0.0, math.nan]))
+
+
 def test_a_row_does_not_depend_on_its_mates() -> None:
     """Leaving rows out changes nothing in the others."""
     for f, z in cases():

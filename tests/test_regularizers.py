@@ -94,6 +94,15 @@ def test_any_state_shape_and_time_dependent_fields() -> None:
     torch.testing.assert_close(found, LyapunovRegularizer()(lambda z: math.cos(0.4) * net(z), z.flatten(1)))
 
 
+def test_a_batch_of_scalars_is_a_batch_of_rows_of_one() -> None:
+    """z of shape (B,) gives what (B, 1) gives."""
+    z, y = torch.randn(4), torch.tensor([0, 1, 0, 1])
+    found, expected = (LyapunovRegularizer()(lambda z: -z, x) for x in (z, z[:, None]))
+    torch.testing.assert_close(found, expected)
+    found = LyaNetRegularizer()(lambda z: -z, z, y, lambda z: torch.stack([z, -z], 1))
+    torch.testing.assert_close(found, LyaNetRegularizer()(lambda z: -z, z[:, None], y, lambda z: torch.cat([z, -z], 1)))
+
+
 def test_samples_draw_rows_from_the_generator() -> None:
     """The same generator state draws the same rows, the global one is used by default, all rows need no draw."""
     f, z = MLP(3), torch.randn(50, 3)

@@ -232,6 +232,9 @@ def test_exponents_do_not_depend_on_mates_or_shape() -> None:
     z = torch.randn(3, 4, dtype=torch.float64)
     found = lyapunov_exponents(net, z, t1=1.0, steps=20)
     torch.testing.assert_close(found[1:2], lyapunov_exponents(net, z[1:2], t1=1.0, steps=20), atol=1e-12, rtol=0)
+    scalar = lyapunov_exponents(lambda z: -2 * z, torch.ones(3, dtype=torch.float64), t1=1.0, steps=50)
+    torch.testing.assert_close(scalar, torch.full((3, 1), -2.0, dtype=torch.float64), atol=1e-5, rtol=0)
+    assert check_stability(lambda z: -2 * z, torch.ones(3)).verdict == ["contracting"] * 3
     square = lyapunov_exponents(lambda z: net(z.flatten(1)).view_as(z), z.view(3, 2, 2), t1=1.0, steps=20)
     torch.testing.assert_close(found, square, atol=1e-12, rtol=0)
 
