@@ -37,7 +37,7 @@ def count_nfe(module: nn.Module) -> Iterator[NFECount]:
 
     Example:
         >>> import torch
-        >>> from odelayers import RK4
+        >>> from odelayers import RK4, ODEBlock, count_nfe
         >>> block = ODEBlock(torch.nn.Linear(2, 2), solver=RK4(steps=5))
         >>> with count_nfe(block) as count:
         ...     _ = block(torch.randn(3, 2))

@@ -44,7 +44,7 @@ class Decay(nn.Module):
 
 def kinetic(rate: float, z: Tensor, t: float) -> Tensor:
     """The integral of mean (rate z0 e^(-rate t))^2."""
-    return z.flatten(1).square().mean(1) * rate * (1 - math.exp(-2 * rate * t)) / 2
+    return z.reshape(len(z), -1).square().mean(1) * rate * (1 - math.exp(-2 * rate * t)) / 2
 
 
 @pytest.mark.parametrize("solver", [TIGHT, RK4(steps=100), TorchDiffEq("dopri5", 1e-10, 1e-10)], ids=name)

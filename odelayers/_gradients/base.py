@@ -110,7 +110,7 @@ class Setting:
             if x._version != version:
                 raise GradientError(
                     f"backward pass: a tensor of shape {tuple(x.shape)} that the field reads was modified by an "
-                    f"in-place operation since the forward solve, and the field must be evaluated again: call "
+                    f"inplace operation since the forward solve, and the field must be evaluated again: call "
                     f"backward() first, or change a copy"
                 )
         now = [(m, m.training) for m, _ in self.modes]
