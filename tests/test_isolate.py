@@ -114,10 +114,11 @@ def test_a_row_keeps_its_own_noise_when_others_fail(block: Any) -> None:
     z[~healthy] = float("nan")
     z[healthy] *= 0.3
     harmless = torch.where(healthy[:, None], z, 0.0)
-    found, wanted = (block.solve(start, generator=torch.Generator().manual_seed(5)) for start in (z, harmless))
-    assert torch.equal(wanted.stats.status, torch.zeros(BATCH, dtype=torch.long))
-    assert torch.equal(found.final[healthy], wanted.final[healthy])
-    assert torch.equal(found.stats.status == Status.OK, healthy)
+    for t1 in (None, 0.5 + torch.rand(BATCH, dtype=F64)):
+        found, wanted = (block.solve(s, t1=t1, generator=torch.Generator().manual_seed(5)) for s in (z, harmless))
+        assert torch.equal(wanted.stats.status, torch.zeros(BATCH, dtype=torch.long))
+        assert torch.equal(found.final[healthy], wanted.final[healthy])
+        assert torch.equal(found.stats.status == Status.OK, healthy)
 
 
 def test_given_increments_follow_their_rows() -> None:

@@ -184,6 +184,7 @@ def test_given_noise_must_have_the_solve_s_shape() -> None:
         ({"solver": EulerMaruyama(5), "calculus": "stratonovich"}, "converges to the ito solution.*StratonovichHeun"),
         ({"solver": StratonovichHeun(5)}, "converges to the stratonovich solution.*EulerMaruyama"),
         ({"solver": TorchSDE("srk", 5), "noise": "diagonal"}, "right for scalar noise only.*EulerMaruyama"),
+        ({"solver": TorchSDE("milstein", 5), "noise": "diagonal"}, "right for scalar noise only"),
         ({"solver": Milstein(5)}, "right for scalar noise only.*silently wrong"),
         ({"solver": TorchSDE("heun", 5)}, "converges to the stratonovich solution"),
         ({"solver": RK4(5)}, "solves ODEs only; for calculus='ito' use EulerMaruyama"),
