@@ -14,25 +14,16 @@ import sys
 import time
 from pathlib import Path
 
-import torch
 from mnist.data import DataError, load
 from mnist.presets import PRESETS
 from mnist.report import write_report
-from mnist.study import run
+from mnist.study import run, usable_device
 
 
 def _seed(text: str) -> int:
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"expected an int >= 0, got {text!r}")
     return int(text)
-
-
-def _device(text: str) -> torch.device:
-    try:
-        return torch.empty(0, device=text).device
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise argparse.ArgumentTypeError(f"torch cannot use {text!r} here ({reason}); try cpu") from error
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -47,11 +38,15 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
         "default: $ODELAYERS_MNIST, else the cache folder, else a download",
     )
     parser.add_argument("--seed", type=_seed, default=0, help="seed of weights, order, noise and attacks (default: 0)")
-    parser.add_argument("--device", type=_device, default="cpu", help="torch device (default: cpu)")
+    parser.add_argument("--device", default="cpu", help="torch device (default: cpu)")
     given = parser.parse_args(argv)
     given.out = given.out or Path("runs") / f"sodef_mnist-{given.preset}"
     if given.out.exists() and not given.out.is_dir():
         parser.error(f"--out: {given.out} is a file, expected a folder")
+    try:
+        given.device = usable_device(given.device)
+    except ValueError as error:
+        parser.error(f"--device: {error}")
     return given
 
 

@@ -72,6 +72,7 @@ def test_intervals_and_tests_are_the_textbooks():
     for k, n in [(0, 10), (7, 10), (283, 300), (300, 300)]:
         exact = binomtest(k, n).proportion_ci(method="wilson")
         assert wilson(k / n, n) == pytest.approx((exact.low, exact.high), abs=1e-12)
+    assert all(wilson(0.0, n)[0] == 0.0 and wilson(1.0, n)[1] == 1.0 for n in range(1, 500))
     first, second = [True] * 9 + [False] * 3 + [True] * 5, [False] * 9 + [True] * 3 + [True] * 5
     assert mcnemar(first, second) == pytest.approx(binomtest(9, 12).pvalue)
     assert mcnemar(first, second, "greater") == pytest.approx(299 / 4096)  # sum of C(12, k), k >= 9, over 2^12

@@ -28,7 +28,7 @@ def wilson(share: float, n: int, z: float = 1.959963984540054) -> tuple[float, f
     """Wilson's 95 % interval for a share seen in `n` independent samples."""
     centre = (share + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * ((share * (1 - share) / n + z * z / (4 * n * n)) ** 0.5)
-    return max(0.0, centre - half), min(1.0, centre + half)
+    return max(0.0, min(share, centre - half)), min(1.0, max(share, centre + half))  # rounding must not part them
 
 
 def mcnemar(first: Sequence[bool], second: Sequence[bool], alternative: str = "two-sided") -> float:

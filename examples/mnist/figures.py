@@ -63,6 +63,8 @@ def _bars(panel: Axes, results: Results, threat: str) -> None:
             panel.errorbar(x, 100 * share, error, color="#808080", linewidth=1.2, capsize=2)
             if kind == "worst":
                 panel.text(x, 100 * high + 2, f"{100 * share:.0f}", ha="center", fontsize=9, fontweight="bold")
+            if kind == "white-box" and results.is_masked(threat, name):
+                panel.text(x - 0.45 * width, 100 * high + 2, "masked", fontsize=9, color=colour)
     panel.set_xticks(range(len(names)), [_wrapped(results.title(name)) for name in names])
     panel.tick_params(axis="x", length=0)
     panel.set_ylim(0, 112)

@@ -110,7 +110,8 @@ def _threat(results: Results, threat: str) -> str:
     rows = []
     for name, record in results.attacks[threat].items():
         p = results.masked.get((threat, name))
-        flag = "-" if p is None else f"**masked** (p = {p:.1g})" if p < SIGNIFICANT else f"no (p = {p:.2g})"
+        masked = results.is_masked(threat, name)
+        flag = "-" if p is None else f"**masked** (p = {p:.1g})" if masked else f"no (p = {p:.2g})"
         zero = record.result["zero_gradients"]
         scores = [_score(results.cell(threat, name, kind)) for kind in ("white-box", "bypass", "worst")]
         rows.append(
@@ -131,16 +132,16 @@ def _threat(results: Results, threat: str) -> str:
 
 def _masking(results: Results) -> str:
     """What the flags say, in words."""
-    flagged = sorted({name for (_, name), p in results.masked.items() if p < SIGNIFICANT})
+    flagged = list(dict.fromkeys(name for threat, name in results.masked if results.is_masked(threat, name)))
     if not flagged:
         return "No bypass beats the white-box attacks by more than chance."
     parts = []
     for name in flagged:
-        drops = {t: _drop(results, t, name) for (t, m), p in results.masked.items() if m == name and p < SIGNIFICANT}
+        drops = {threat: _drop(results, threat, name) for threat in results.attacks if results.is_masked(threat, name)}
         threat = max(drops, key=lambda t: drops[t][0] - drops[t][1])
         before, after = drops[threat]
         parts.append(f"{results.title(name)} ({100 * before:.0f} -> {100 * after:.0f} % at {threat})")
-    rest = [results.title(name) for name in {m: None for _, m in results.masked} if name not in flagged]
+    rest = [results.title(name) for name in dict.fromkeys(m for _, m in results.masked) if name not in flagged]
     clear = f"; not of {', '.join(rest)}" if rest else ""
     return f"Going around the block breaks what white-box attacks leave standing of {', '.join(parts)}{clear}."
 

@@ -42,6 +42,10 @@ class Results:
         """Per-sample scores of a kind of attack ("clean", "white-box", "bypass", "worst"); None where none was run."""
         return self.attacks[threat][name].result.get(kind)
 
+    def is_masked(self, threat: str, name: str) -> bool:
+        """Whether a bypass breaks significantly more than the white-box attacks do."""
+        return self.masked.get((threat, name), 1.0) < SIGNIFICANT
+
     def records(self) -> Iterable[Record]:
         """Every record of the run."""
         yield from self.train.values()
