@@ -8,7 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["finite_number", "half_precision", "one_of", "positive_int", "positive_number", "probability", "state"]
+__all__ = [
+    "at_least_float32",
+    "finite_number",
+    "half_precision",
+    "one_of",
+    "positive_int",
+    "positive_number",
+    "probability",
+    "state",
+]
 
 half_precision = (torch.float16, torch.bfloat16)
 
@@ -50,6 +59,11 @@ def one_of(value: Any, name: str, allowed: tuple[str, ...]) -> str:
     if value not in allowed:
         raise ValueError(f"{name}: expected one of {', '.join(map(repr, allowed))}, got {value!r}")
     return str(value)
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """Return x, or its float32 copy if it is in half precision."""
+    return x.float() if x.dtype in half_precision else x
 
 
 def state(z: Any, where: str) -> Tensor:

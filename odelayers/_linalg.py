@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from odelayers._checks import half_precision, one_of
+from odelayers._checks import at_least_float32, one_of
 
 __all__ = ["check_rows_finite", "eigenvalues", "gershgorin", "log_norm", "spectral_abscissa"]
 
@@ -153,4 +153,4 @@ def _square(J: Any, where: str) -> Tensor:
         raise TypeError(f"{where}: expected floating-point or complex matrices, got {J.dtype}; pass J.double()")
     if J.ndim < 2 or J.shape[-1] != J.shape[-2] or J.shape[-1] == 0:
         raise ValueError(f"{where}: expected square matrices (..., n, n) with n >= 1, got shape {tuple(J.shape)}")
-    return J.float() if J.dtype in half_precision else J
+    return at_least_float32(J)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from odelayers._checks import finite_number, half_precision, one_of, positive_int, positive_number, state
+from odelayers._checks import at_least_float32, finite_number, one_of, positive_int, positive_number, state
 from odelayers._evaluator import Evaluator
 from odelayers._field import Field, as_rows
 from odelayers._jacobian import jacobian, linearization
@@ -28,7 +28,11 @@ __all__ = [
 
 
 class LyapunovTerms(NamedTuple):
-    """The three terms of a `LyapunovRegularizer` before they are weighted, each a 0-d tensor."""
+    """The three terms of a `LyapunovRegularizer` before they are weighted, each a 0-d tensor.
+
+    >>> LyapunovRegularizer(field=1.0).terms(lambda z: -z, torch.ones(2, 3)).field.item()
+    1.0
+    """
 
     field: Tensor
     diagonal: Tensor
@@ -136,7 +140,7 @@ class LyapunovRegularizer:
         field, z = Field.of(f), state(z, "LyapunovRegularizer")
         if z.numel() == 0:
             raise ValueError(f"LyapunovRegularizer: expected at least one point, got z of shape {tuple(z.shape)}")
-        velocity = _at_least_float32(Evaluator(field, len(z))(t, z))
+        velocity = at_least_float32(Evaluator(field, len(z))(t, z))
         if self.samples is not None and self.samples < len(z):
             device = z.device if generator is None else generator.device
             rows = torch.randperm(len(z), generator=generator, device=device)[: self.samples].to(z.device)
@@ -280,17 +284,13 @@ def _discs(field: Field, z: Tensor, t: Tensor | float, axis: str) -> tuple[Tenso
     """The Gershgorin discs of the Jacobians, (B, D) each; without the Jacobians where they are diag(s) W."""
     factors = linearization(field, z, t)
     if factors is None:
-        return gershgorin(_at_least_float32(jacobian(field, z, t)), axis)
-    slopes, matrix = map(_at_least_float32, factors)
+        return gershgorin(at_least_float32(jacobian(field, z, t)), axis)
+    slopes, matrix = map(at_least_float32, factors)
     check_rows_finite(slopes, f"LyapunovRegularizer: field {field.name}: linearize")
     diagonal, radii = gershgorin(matrix, axis)
     if axis == "row":
         return slopes * diagonal, slopes.abs() * radii
     return slopes * diagonal, slopes.abs() @ (matrix - matrix.diagonal().diag_embed()).abs()
-
-
-def _at_least_float32(x: Tensor) -> Tensor:
-    return x.float() if x.dtype in half_precision else x
 
 
 def _tame_exp(x: Tensor) -> Tensor:

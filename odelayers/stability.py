@@ -65,6 +65,9 @@ def spectrum(f: Callable[..., Tensor], z: Tensor, t: Tensor | float = 0.0) -> Te
 class StabilityReport:
     """What `check_stability` found at B points; every quantity is a tensor (B,). Prints as a table.
 
+    >>> check_stability(lambda z: -2 * z, torch.zeros(1, 3)).abscissa
+    tensor([-2.])
+
     Attributes:
         field: name of the field.
         t: time of the check.
