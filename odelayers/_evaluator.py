@@ -9,7 +9,7 @@ from torch import Tensor
 
 from odelayers._field import Field, tensors
 
-__all__ = ["Evaluator", "OnCall", "traced"]
+__all__ = ["Evaluator", "OnCall", "traced", "vmapped"]
 
 OnCall = Callable[[], None]
 
@@ -17,6 +17,16 @@ OnCall = Callable[[], None]
 def traced() -> bool:
     """Whether torch.compile, export or a torch.func transform is looking: then values cannot be read on the host."""
     return torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def vmapped(z: Tensor) -> bool:
+    """Whether torch.func.vmap holds z, at any level of nested transforms."""
+    functorch = torch._C._functorch
+    while functorch.is_functorch_wrapped_tensor(z):
+        if functorch.is_batchedtensor(z):
+            return True
+        z = functorch.get_unwrapped(z)
+    return False
 
 
 class Evaluator:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from odelayers._checks import positive_int, positive_number
 from odelayers._driver import Driver
-from odelayers._evaluator import Evaluator
+from odelayers._evaluator import Evaluator, vmapped
 from odelayers._solution import SolveError, Status
 from odelayers._solvers.base import MarchingSolver, Norm, State, Step, Taken, fail, nonfinite_rows
 from odelayers._solvers.stages import Stages, stages_like
@@ -57,6 +57,11 @@ class AdaptiveRungeKutta(MarchingSolver):
         return z0, driver.terms(f, t0, z0)[0].reshape(-1)
 
     def march(self, f: Evaluator, z0: Tensor, ts: Sequence[float], driver: Driver, norm: Norm) -> Iterator[Taken]:
+        if vmapped(z0):
+            raise RuntimeError(
+                f"{self!r} under torch.func.vmap: step size control reads errors on the host, which vmap forbids; "
+                f"use a fixed grid such as RK4(steps), or hand the rows over as one batch (odelayers.jacobian does)"
+            )
         t, t1 = ts[0], ts[-1]
         way = math.copysign(1.0, t1 - t)
         rtol, atol = self.tolerances(f, z0)

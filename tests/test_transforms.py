@@ -1,0 +1,61 @@
+"""Blocks under torch.func, export and inference mode."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from odelayers import MLP, RK4, Dopri5, ODEBlock, jacobian
+
+
+@pytest.fixture
+def z() -> Tensor:
+    return torch.randn(5, 4, dtype=torch.float64)
+
+
+def block(solver: RK4 | Dopri5) -> ODEBlock:
+    return ODEBlock(MLP(4, (8,)).double(), solver=solver)
+
+
+def test_a_block_s_jacobian_is_that_of_every_transform(z: Tensor) -> None:
+    """jacobian(block), vmap of jacrev and jvp agree on a fixed grid to rounding."""
+    flow = block(RK4(steps=8))
+    J = jacobian(flow, z)
+    by_row = torch.func.vmap(torch.func.jacrev(lambda x: flow(x[None])[0]))(z)
+    assert (J - by_row).abs().max() < 1e-13
+    along = torch.func.jvp(flow, (z,), (z,))[1]
+    assert (along - (J @ z.unsqueeze(-1)).squeeze(-1)).abs().max() < 1e-13
+
+
+def test_an_adaptive_block_s_jacobian_needs_no_loop(z: Tensor) -> None:
+    """jacobian works through adaptive steps, and equals that of a fine grid within the tolerance."""
+    tight, fine = block(Dopri5(1e-10, 1e-10)), block(RK4(steps=200))
+    fine.load_state_dict(tight.state_dict())
+    assert (jacobian(tight, z) - jacobian(fine, z)).abs().max() < 1e-8
+
+
+def test_vmap_over_adaptive_steps_is_refused_with_the_remedy(z: Tensor) -> None:
+    """vmap cannot read an error on the host: the message names a fixed grid."""
+    adaptive = block(Dopri5())
+    with pytest.raises(RuntimeError, match=r"Dopri5.*vmap.*use a fixed grid such as RK4"):
+        torch.func.vmap(lambda x: adaptive(x[None])[0])(z)
+    with pytest.raises(RuntimeError, match=r"Dopri5.*vmap.*use a fixed grid such as RK4"):
+        torch.func.vmap(torch.func.jacrev(lambda x: adaptive(x[None])[0]))(z)
+
+
+def test_an_exported_block_gives_the_same_numbers(z: Tensor) -> None:
+    """torch.export of a fixed-grid block computes what the block does."""
+    flow = block(RK4(steps=4))
+    exported = torch.export.export(flow, (z,)).module()
+    assert torch.equal(exported(z), flow(z))
+
+
+@pytest.mark.parametrize("solver", [RK4(steps=4), Dopri5()], ids=repr)
+def test_inference_mode_changes_no_number(solver: RK4 | Dopri5, z: Tensor) -> None:
+    """Under inference_mode the result is that of no_grad, bit for bit."""
+    flow = block(solver)
+    with torch.no_grad():
+        expected = flow(z)
+    with torch.inference_mode():
+        assert torch.equal(flow(z), expected)
