@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
@@ -39,6 +40,7 @@ class Evaluator:
         self.field, self.batch, self.half, self.on_call = field, batch, half, on_call
         self.nfe = 0
         self.inspect: Callable[[Tensor, Tensor], None] | None = None  # sees the first value and its state
+        self.within: Callable[[], AbstractContextManager[None]] | None = None  # every evaluation runs inside it
 
     def take(self, rows: Tensor) -> Evaluator:
         """A fresh evaluator for these rows of the batch alone."""
@@ -55,6 +57,12 @@ class Evaluator:
         return dz if dz.dtype == z.dtype else dz.to(z.dtype)
 
     def _evaluate(self, t: Tensor | float, z: Tensor) -> Tensor:
+        if self.within is None:
+            return self._called(t, z)
+        with self.within():
+            return self._called(t, z)
+
+    def _called(self, t: Tensor | float, z: Tensor) -> Tensor:
         if self.half is None:
             return self.field(t, z)
         with torch.autocast(z.device.type, dtype=self.half):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -13,7 +13,7 @@ from odelayers._checks import positive_number
 from odelayers._driver import Clock, Driver
 from odelayers._evaluator import Evaluator
 from odelayers._field import Field, as_rows
-from odelayers._gradients.base import Gradient, Setting, check_cotangent, wanted_tensors
+from odelayers._gradients.base import Gradient, Setting, check_cotangent, evaluators, wanted_tensors
 from odelayers._solution import GradientError
 from odelayers._solvers.adaptive import AdaptiveRungeKutta
 from odelayers._solvers.base import Path, Solver, row_rms
@@ -65,11 +65,14 @@ class Adjoint(Gradient):
     def solve(self, solver: Solver, f: Evaluator, z0: Tensor, ts: Sequence[float], driver: Driver) -> Path:
         if not torch.is_grad_enabled():
             return solver.integrate(f, z0, ts, driver)
-        wanted = wanted_tensors(f, driver)
+        wanted, setting = wanted_tensors(f, driver), Setting(f, driver, z0.device)
         if isinstance(solver, TorchSDE) or (isinstance(solver, TorchDiffEq) and solver.method != "scipy_solver"):
+            for evaluator in evaluators(f, driver):
+                evaluator.within = setting.restored  # the library evaluates again in its own backward pass
             path: Path = solver.integrate(f, z0, ts, driver, adjoint=tuple(wanted))
-            return path
-        backward = _Backward(self, solver, f, tuple(ts), cast(Clock, driver), Setting(f, driver, z0.device), wanted)
+            setting.check_still()
+            return replace(path, zs=_Watched.apply(path.zs))  # type: ignore[no-untyped-call]
+        backward = _Backward(self, solver, f, tuple(ts), cast(Clock, driver), setting, wanted)
         zs: Tensor = _Flow.apply(backward, z0, *wanted)  # type: ignore[no-untyped-call]
         return Path(zs, backward.accepted, backward.rejected)
 
@@ -173,3 +176,16 @@ class _Flow(torch.autograd.Function):
         (zs,) = ctx.saved_tensors
         with torch.no_grad(), ctx.solve.setting.restored():
             return None, *ctx.solve.backward(zs, gradient)
+
+
+class _Watched(torch.autograd.Function):
+    """The identity, which looks at the gradient before a library's adjoint gets it."""
+
+    @staticmethod
+    def forward(ctx: Any, zs: Tensor) -> Tensor:
+        return zs.view_as(zs)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        check_cotangent(gradient)
+        return gradient

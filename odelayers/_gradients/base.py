@@ -17,7 +17,7 @@ from odelayers._field import Field, modules, parameters, tensors
 from odelayers._solution import GradientError
 from odelayers._solvers.base import Path, Solver
 
-__all__ = ["Gradient", "Setting", "check_cotangent", "wanted_tensors"]
+__all__ = ["Gradient", "Setting", "check_cotangent", "evaluators", "wanted_tensors"]
 
 
 class Gradient(ABC):
@@ -34,9 +34,14 @@ class Gradient(ABC):
         """Solve from ts[0] through ts; the path's states carry the gradient."""
 
 
+def evaluators(f: Evaluator, driver: Driver) -> list[Evaluator]:
+    """The evaluators of the fields of a solve: drift and, where it is one of its own, diffusion."""
+    return [f, driver.g] if isinstance(driver, Diffusion) else [f]
+
+
 def fields(f: Evaluator, driver: Driver) -> list[Field]:
     """The fields that a solve evaluates."""
-    return [f.field, driver.g.field] if isinstance(driver, Diffusion) else [f.field]
+    return [evaluator.field for evaluator in evaluators(f, driver)]
 
 
 def wanted_tensors(f: Evaluator, driver: Driver) -> list[Tensor]:
@@ -51,7 +56,7 @@ def wanted_tensors(f: Evaluator, driver: Driver) -> list[Tensor]:
     found += [clock.rate] if clock.rate is not None and clock.rate.requires_grad else []
     wanted = list({id(x): x for x in found}.values())
     known = {_node(x) for x in wanted}
-    for evaluator in [f, driver.g] if isinstance(driver, Diffusion) else [f]:
+    for evaluator in evaluators(f, driver):
         evaluator.inspect = partial(_refuse_captured, known=known, name=evaluator.field.name)
     return wanted
 
