@@ -44,7 +44,8 @@ class RunningField(Field):
 
     def take(self, rows: Tensor, batch: int) -> RunningField:
         field, probe = self._parts()
-        return replace(self, field=field.take(rows, batch), probe=probe[rows])
+        inner = field.take(rows, batch)
+        return replace(self, context=inner.context, field=inner, probe=probe[rows])
 
     def enter(self, z: Tensor) -> Tensor:
         """The augmented state at the start: every integral is zero."""
