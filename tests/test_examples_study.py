@@ -222,8 +222,9 @@ def test_the_command_survives_a_real_kill(tmp_path):
     """The smoke preset on the digits, killed by SIGKILL and started again, ends with the unbroken run's numbers."""
     arguments = ["--preset", "smoke", "--data", "digits", "--out"]
     unbroken = command(*arguments, str(tmp_path / "unbroken"))
-    assert unbroken.wait(timeout=300) == 0, unbroken.stderr.read()
-    assert "NOT MNIST" in unbroken.stdout.read()
+    out, err = unbroken.communicate(timeout=300)
+    assert unbroken.returncode == 0, err
+    assert "NOT MNIST" in out
     broken = tmp_path / "broken"
     for wanted in (3, 10):
         process = command(*arguments, str(broken))
