@@ -61,7 +61,11 @@ def main(argv: list[str] | None = None) -> int:
     for text in (data.banner, PRESETS[given.preset].warning):
         if text:
             print(f"*** {text} ***")
-    run(PRESETS[given.preset], data, given.out, given.seed, given.device)
+    try:
+        run(PRESETS[given.preset], data, given.out, given.seed, given.device)
+    except KeyboardInterrupt:
+        print(f"\nstopped; the same command goes on from what is in {given.out}", file=sys.stderr)
+        return 130
     report = write_report(given.out)
     print(report.read_text())
     print(f"{time.perf_counter() - started:.0f} s in all; the report with its pictures: {report}")

@@ -125,7 +125,7 @@ def test_a_changed_configuration_is_computed_and_the_old_records_stay(digits, fi
 def test_a_broken_record_is_an_error_that_names_it(tmp_path):
     """What is no JSON is not computed over in silence."""
     (tmp_path / "records").mkdir()
-    keeper = records.Records(tmp_path, say=lambda line: None)
+    keeper = records.Records(tmp_path, 1, say=lambda line: None)
     record = keeper.stage("one", {"a": 1}, lambda weights: {"x": 2})
     path = tmp_path / "records" / record.file
     path.write_text("{")
@@ -135,7 +135,7 @@ def test_a_broken_record_is_an_error_that_names_it(tmp_path):
 
 def test_the_key_of_a_record_covers_its_configuration(tmp_path):
     """Any change of the configuration, and only that, changes the key; results are computed once per key."""
-    keeper, calls = records.Records(tmp_path, say=lambda line: None), []
+    keeper, calls = records.Records(tmp_path, 1, say=lambda line: None), []
     for config in ({"a": 1, "b": [1, 2]}, {"b": (1, 2), "a": 1}, {"a": 1, "b": [2, 1]}, {"a": 1.5, "b": [1, 2]}):
         keeper.stage("one", config, lambda weights, config=config: calls.append(config) or {})
     assert len(calls) == 3

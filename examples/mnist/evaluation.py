@@ -60,7 +60,7 @@ def clean_cell(model: Classifier, data: Split, draws: int, seed: int) -> dict[st
     nfe = model.block.solve(z, generator=noise).stats.nfe if hasattr(model.block, "solve") else 0
     started = time.perf_counter()
     with torch.no_grad():
-        model(batch, noise)
+        model(batch, noise).cpu()
     seconds = time.perf_counter() - started
     return {
         "n": len(data),

@@ -48,10 +48,14 @@ class Records:
     record and computes again; nothing is reused silently and nothing is overwritten.
     """
 
-    def __init__(self, out: Path, say: Callable[[str], None] = print) -> None:
+    def __init__(self, out: Path, stages: int, say: Callable[[str], None] = print) -> None:
         self.folder = out / "records"
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.say = say
+        self.stages, self.done, self._say = stages, 0, say
+
+    def say(self, text: str) -> None:
+        """Report on the stage at hand, by its number."""
+        self._say(f"[{self.done + 1}/{self.stages}] {text}")
 
     def stage(self, name: str, config: Mapping[str, Any], compute: Callable[[Path], dict[str, Any]]) -> Record:
         """The record of a stage, read if it is there, else computed and written.
@@ -64,6 +68,7 @@ class Records:
         if path.exists():
             record = read(path)
             self.say(f"{name}: already done ({record['seconds']:.1f} s then)")
+            self.done += 1
             return record
         if earlier := sorted(self.folder.glob(f"{name}-{'?' * len(key)}.json")):
             self.say(f"{name}: {len(earlier)} record(s) of another configuration are left alone; computing this one")
@@ -76,6 +81,7 @@ class Records:
         )  # fmt: skip
         write(path, record)
         self.say(f"{name}: {seconds:.1f} s")
+        self.done += 1
         return record
 
     def weights(self, record: Record) -> Path:

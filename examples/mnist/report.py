@@ -206,8 +206,8 @@ METHOD = """\
 not the method's official code: integration to T = 10, Adam on batches of 128, the block, then the whole net, then the
 block. It is cut to the budget: fewer epochs, and a first phase at the official code's learning rate of 1e-2, because
 from fresh weights the paper's 1e-3 takes some ten times as many epochs to meet the constraints. The head is a fixed
-regular simplex; the regulariser's constants are those of the official code. SODEF_0.9 (p_drop = 0.1) and its control
-start from SODEF and differ in p alone: same solver, steps and order of samples. The test set was used once, after all
+regular simplex; the regulariser's constants are those of the official code. SODEF_0.9 and its control start from
+SODEF and differ in p alone: same solver, steps and order of samples. The test set was used once, after all
 training.
 
 {recipes}
@@ -244,6 +244,14 @@ def _attack(attack: dict[str, Any]) -> str:
 def _recipe(record: Record) -> str:
     model = record["config"]["model"]
     phases = [f"{p['epochs']} x {p['trains']} at {p['lr']:g}" for p in model["phases"]]
-    start = f"from {model['start']}; " if model["start"] else ""
+    start = _block(model["block"]) + (f"from {model['start']}; " if model["start"] else "")
     trained = "epochs: " + ", ".join(phases) if phases else "not trained further"
     return start + trained + (", regularised" if model["regularised"] else "")
+
+
+def _block(block: dict[str, Any]) -> str:
+    if block["kind"] == "ode":
+        return f"Dopri5 at {block['tolerance']:g} to T = {block['t1']:g}; "
+    if block["kind"] == "sde":
+        return f"{block['steps']} Euler-Maruyama steps to T = {block['t1']:g}, p_drop = {block['p']:g}; "
+    return f"state rounded to multiples of {block['staircase']:g}; " if block["kind"] == "staircase" else ""

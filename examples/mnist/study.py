@@ -28,7 +28,8 @@ class Study:
         cut = data.first(preset.train_images, preset.validation_images, preset.test_images)
         self.preset, self.seed, self.device = preset, seed, device
         self.data = cut.to(device)
-        self.records = Records(out)
+        models, threats = len(preset.models), len(preset.suite.threats)
+        self.records = Records(out, stages=models * (2 + threats) + 1)  # trained, clean, attacked; and the spectra
         sizes = [len(cut.train), len(cut.validation), len(cut.test)]
         self.common = {"data": cut.name, "sizes": sizes, "seed": seed, "device": device.type, "widths": preset.widths}
         self.trained: dict[str, Record] = {}

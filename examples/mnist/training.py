@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -44,12 +45,13 @@ def train(
 ) -> list[dict[str, Any]]:
     """Train in place; returns one line per epoch: phase, steps, mean loss, the regulariser in it, validation accuracy.
 
-    The regulariser is added to the cross-entropy, at the states that enter the block, with SODEF's constants.
+    Order, noise and the regulariser's rows are drawn apart, so that models which differ in the noise alone see the same
+    samples. The regulariser is added to the cross-entropy, at the states that enter the block, with SODEF's constants.
     """
     device = next(model.parameters()).device
     order = torch.Generator().manual_seed(seed)
-    noise = torch.Generator(device).manual_seed(seed)
-    regularizer = LyapunovRegularizer.sodef_mnist() if regularised else None
+    noise, rows = torch.Generator(device).manual_seed(seed), torch.Generator(device).manual_seed(seed)
+    regularizer = partial(LyapunovRegularizer.sodef_mnist(), generator=rows) if regularised else None
     log = []
     for number, phase in enumerate(phases, 1):
         learner = _Learner(model, phase, data.train, regularizer, noise)
