@@ -2,6 +2,8 @@
 
 A 64-dimensional sine field, batch 128, t in [0, 5], Dormand-Prince 5 at rtol = atol = 1e-5, float32. The error stands
 beside each time: of the final state, or of the parameters' gradient, against a float64 solve by torchdiffeq at 1e-12.
+The same tolerance asks for more where every sample must meet it than where the batch does on average, so odelayers also
+runs at 2e-5, where both libraries evaluate the field equally often.
 """
 
 from __future__ import annotations
@@ -57,6 +59,7 @@ def main() -> None:
     own = Dopri5(rtol=TOL, atol=TOL)
     blocks = {
         "odelayers Backprop": ODEBlock(f, t1=T1, solver=own, gradient=Backprop()),
+        "odelayers Backprop, 2e-5": ODEBlock(f, t1=T1, solver=Dopri5(rtol=2 * TOL, atol=2 * TOL)),
         "odelayers Checkpoint": ODEBlock(f, t1=T1, solver=own, gradient=Checkpoint()),
         "odelayers Adjoint": ODEBlock(f, t1=T1, solver=own, gradient=Adjoint()),
         "odelayers TorchDiffEq": ODEBlock(f, t1=T1, solver=TorchDiffEq("dopri5", rtol=TOL, atol=TOL)),
@@ -65,7 +68,8 @@ def main() -> None:
     solves["torchdiffeq odeint"] = lambda: peer(torchdiffeq.odeint)(f, z)
     solves["torchdiffeq odeint_adjoint"] = lambda: peer(torchdiffeq.odeint_adjoint)(f, z)
 
-    forward = {name: solves[name] for name in ("odelayers Backprop", "odelayers TorchDiffEq", "torchdiffeq odeint")}
+    once = ("odelayers Checkpoint", "odelayers Adjoint", "torchdiffeq odeint_adjoint")  # the same forward solves again
+    forward = {name: solve for name, solve in solves.items() if name not in once}
     table = []
     with torch.no_grad():
         nfe, error = {}, {}
