@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -67,6 +67,8 @@ class Block(nn.Module):
         self.on_failure = _checks.one_of(on_failure, f"{self._where}: on_failure", ON_FAILURE)
         self._counters: list[Callable[[], None]] = []
 
+    _accumulates: ClassVar[bool] = True  # whether running regularisers may be handed to the solve
+
     def extra_repr(self) -> str:
         """The record of the block in its repr."""
         f = "" if isinstance(self.f, nn.Module) else f"f={getattr(self.f, '__name__', self.f)!s}, "
@@ -127,6 +129,10 @@ class Block(nn.Module):
         if generator is not None and not isinstance(generator, torch.Generator):
             raise TypeError(f"{where}: generator: expected a torch.Generator, got {type(generator).__name__}")
         half = z.dtype if z.dtype in _checks.half_precision else None
+        if isinstance(running, str) or not isinstance(running, Sequence):
+            raise TypeError(f"{where}: running: expected a list of regularisers, got {type(running).__name__}")
+        if running and not self._accumulates:
+            raise ValueError(f"{where}: running: regularisers accumulate along ODE solves; use an ODEBlock")
         z0 = self._enter(z if half is None else z.float())
         times = self._times(z0, ts, t1, generator)
         field = Field.of(self.f, self._takes_time, context)
@@ -136,7 +142,7 @@ class Block(nn.Module):
         driver = self._driver(times, z0, field.context, half, generator, noise)
         start = z0
         if running:
-            field = RunningField.around(field, running, self._probe(z0, generator))
+            field = RunningField.around(field, running, z0, generator)
             start = field.enter(z0)
         problem = Problem(field, start, times.solver, driver, half, tuple(self._counters))
         zs, stats = solve(problem, self.solver, self.gradient, isolate)
@@ -166,10 +172,6 @@ class Block(nn.Module):
         stats = Stats(0, 0, 0, nothing, torch.full_like(nothing, torch.nan, dtype=torch.get_default_dtype()))
         totals = tuple(z0.new_zeros(len(z0)) for _ in running)
         return Solution(times.reported, self._leave(zs if half is None else zs.to(half)), stats, totals)
-
-    @staticmethod
-    def _probe(z0: Tensor, generator: torch.Generator | None) -> Tensor:
-        return torch.randn(z0.shape, generator=generator, dtype=z0.dtype, device=z0.device)
 
     def _enter(self, z: Tensor) -> Tensor:
         """The state that is solved for, from the user's."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from odelayers import _checks
-from odelayers._block import Block, FieldFunction, resolve_solver
+from odelayers._block import Block, FieldFunction
 from odelayers._driver import Brownian
 from odelayers._solvers import EulerMaruyama, FixedGrid, Solver, StratonovichHeun
 from odelayers._times import Times
@@ -23,13 +23,17 @@ NOISES = ("diagonal", "scalar")
 class NoisyBlock(Block):
     """What the two SDE blocks share: how the noise is read, drawn and given."""
 
+    _accumulates = False
+
     def __init__(self, f: FieldFunction, *, solver: Solver | None, calculus: str, noise: str, **options: Any) -> None:
         where = type(self).__name__
         calculus = _checks.one_of(calculus, f"{where}: calculus", CALCULI)
         kind = _checks.one_of(noise, f"{where}: noise", NOISES)
         if solver is None:
             solver = EulerMaruyama(steps=20) if calculus == "ito" else StratonovichHeun(steps=20)
-        _check_solver(resolve_solver(solver, where), calculus, kind, where)
+        if not isinstance(solver, Solver):
+            raise TypeError(f"{where}: solver: expected a solver such as EulerMaruyama(steps=20), got {solver!r}")
+        _check_solver(solver, calculus, kind, where)
         super().__init__(f, solver=solver, **options)
         self.calculus, self.noise = calculus, kind
 
@@ -37,23 +41,16 @@ class NoisyBlock(Block):
         """The record of the block in its repr."""
         return f"{super().extra_repr()}, calculus={self.calculus!r}, noise={self.noise!r}"
 
-    def solve(self, z: Tensor, *args: Any, running: Any = (), **options: Any) -> Any:
-        if running:
-            raise ValueError(f"{self._where}: running: regularisers accumulate along ODE solves; use an ODEBlock")
-        return super().solve(z, *args, **options)
-
-    solve.__doc__ = Block.solve.__doc__
-
     def _brownian(self, times: Times, z0: Tensor, generator: torch.Generator | None, given: Tensor | None) -> Brownian:
         """The noise source of one solve, from given increments or from seeds drawn now."""
         if times.solver[-1] < times.solver[0] or _runs_backwards(times.clock.rate):
             raise ValueError(f"{self._where}: an SDE runs forwards in time; expected an end time after the start")
         shape = tuple(z0.shape) if self.noise == "diagonal" else (len(z0), *[1] * (z0.ndim - 1))
         n = self.solver.noise_steps(times.solver)
-        source = Brownian(self.noise, shape, z0.dtype, z0.device, rate=times.clock.rate)
+        source = Brownian(self.noise, shape, z0.dtype, z0.device)
         if given is None:
             device = "cpu" if generator is None else generator.device
-            seeds = torch.randint(2**31, (n,), generator=generator, device=device)
+            seeds = torch.randint(2**63 - 1, (n,), generator=generator, device=device)
             return replace(source, seeds=tuple(seeds.tolist()))
         if not isinstance(given, Tensor):
             raise TypeError(f"{self._where}: noise: expected a Tensor of increments, got {type(given).__name__}")
@@ -68,6 +65,8 @@ class NoisyBlock(Block):
                 f"{self._where}: noise: expected increments of shape {(n, *shape)} ({n} steps, {self.noise} noise), "
                 f"got {tuple(given.shape)}"
             )
+        if not bool(given.isfinite().all()):
+            raise ValueError(f"{self._where}: noise: expected finite increments, got NaN or inf")
         return replace(source, given=given.to(device=z0.device, dtype=z0.dtype))
 
 

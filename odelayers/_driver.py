@@ -17,6 +17,7 @@ __all__ = ["Brownian", "Clock", "Diffusion", "Driver", "NoisyClock", "Uniform"]
 Time = Tensor | float
 Evaluate = Callable[[Time, Tensor], Tensor]
 Terms = tuple[Tensor, ...]
+Swap = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,17 @@ class Clock:
         """The field's time that passes in a step of length h."""
         return h if self.rate is None else h * _against(self.rate, self.ndim)
 
+    def root(self, dw: Tensor) -> Tensor:
+        """Noise of variance ds as noise of variance dt: times sqrt(rate), whose gradient is 0 where no time passes."""
+        if self.rate is None:
+            return dw
+        passes = self.rate > 0
+        return dw * _against(self.rate.where(passes, 1.0).sqrt() * passes, dw.ndim)
+
+    def with_tensors(self, swap: Swap) -> Clock:
+        """The same clock with its tensors swapped for others."""
+        return self if self.rate is None else replace(self, rate=swap(self.rate))
+
     def take(self, rows: Tensor) -> Clock:
         """The same clock for these rows of the batch alone."""
         if self.rate is None or self.rate.ndim == 0:
@@ -93,8 +105,11 @@ class Clock:
         """Give z plus the increment of one step of length h."""
         return torch.add(z, terms[0], alpha=h)
 
+    def increment(self, number: int, h: float) -> None:
+        """A clock carries no noise."""
+
     def noise_coefficient(self, f: Evaluate, s: Time, z: Tensor) -> Tensor:
-        """G(s, z) = 0: a clock carries no noise."""
+        """G(s, z) = 0."""
         return torch.zeros_like(z)
 
     @property
@@ -127,24 +142,26 @@ class Brownian:
     device: torch.device
     seeds: tuple[int, ...] = ()
     given: Tensor | None = None
-    rate: Tensor | None = None
     rows: Tensor | None = None
 
-    def increment(self, index: int, h: float) -> Tensor:
-        """The increment dW of step `index`, of length h in the solver's time."""
+    def increment(self, index: int, h: float, clock: Clock) -> Tensor:
+        """The increment dW of step `index`, of length h in the solver's time, over the field's time that passes."""
         if self.given is not None:
             return self.given[index]
         generator = torch.Generator(self.device).manual_seed(self.seeds[index])
         dw = torch.randn(self.shape, generator=generator, dtype=self.dtype, device=self.device).mul_(abs(h) ** 0.5)
         dw = dw if self.rows is None else dw[self.rows]
-        return dw if self.rate is None else dw * _against(self.rate, dw.ndim).sqrt()
+        return clock.root(dw)
+
+    def with_tensors(self, swap: Swap) -> Brownian:
+        """The same noise with given increments swapped for others."""
+        return self if self.given is None else replace(self, given=swap(self.given))
 
     def take(self, rows: Tensor) -> Brownian:
         """The same noise for these rows of the batch alone."""
         return replace(
             self,
             given=None if self.given is None else self.given[:, rows],
-            rate=self.rate if self.rate is None or self.rate.ndim == 0 else self.rate[rows],
             rows=rows if self.rows is None else self.rows[rows],
         )
 
@@ -162,6 +179,10 @@ class NoisyClock:
         """The field's time at the solver's time s."""
         return self.clock.time(s)
 
+    def with_tensors(self, swap: Swap) -> NoisyClock:
+        """The same driver with its tensors swapped for others."""
+        return replace(self, clock=self.clock.with_tensors(swap), noise=self.noise.with_tensors(swap))
+
     def take(self, rows: Tensor) -> NoisyClock:
         """The same driver for these rows of the batch alone."""
         return replace(self, clock=self.clock.take(rows), noise=self.noise.take(rows))
@@ -174,6 +195,10 @@ class NoisyClock:
         """Give z + f (h + sigma dW)."""
         after: Tensor = z + terms[0] * (self.clock.dt(h) + self.sigma * dw)
         return after
+
+    def increment(self, number: int, h: float) -> Tensor:
+        """The increment dW of a step."""
+        return self.noise.increment(number, h, self.clock)
 
     def noise_coefficient(self, f: Evaluate, s: Time, z: Tensor) -> Tensor:
         """G(s, z) = sigma f(s, z)."""
@@ -193,6 +218,11 @@ class Diffusion:
         """The field's time at the solver's time s."""
         return self.clock.time(s)
 
+    def with_tensors(self, swap: Swap) -> Diffusion:
+        """The same driver with its tensors swapped for others."""
+        g = self.g.over(self.g.field.with_context(tuple(map(swap, self.g.field.context))))
+        return replace(self, clock=self.clock.with_tensors(swap), noise=self.noise.with_tensors(swap), g=g)
+
     def take(self, rows: Tensor) -> Diffusion:
         """The same driver for these rows of the batch alone."""
         return replace(self, clock=self.clock.take(rows), noise=self.noise.take(rows), g=self.g.take(rows))
@@ -205,6 +235,10 @@ class Diffusion:
         """Give z + f h + g dW."""
         after: Tensor = self.clock.advance(z, terms, h, None) + terms[1] * dw
         return after
+
+    def increment(self, number: int, h: float) -> Tensor:
+        """The increment dW of a step."""
+        return self.noise.increment(number, h, self.clock)
 
     def noise_coefficient(self, f: Evaluate, s: Time, z: Tensor) -> Tensor:
         """G(s, z) = g(t(s), z)."""
@@ -222,6 +256,8 @@ class Driver(Protocol):
     def calculus(self) -> str: ...
     def time(self, s: Time) -> Time: ...
     def take(self, rows: Tensor) -> Driver: ...
+    def with_tensors(self, swap: Swap) -> Driver: ...
     def terms(self, f: Evaluate, s: Time, z: Tensor) -> Terms: ...
     def advance(self, z: Tensor, terms: Terms, h: float, dw: Any) -> Tensor: ...
+    def increment(self, number: int, h: float) -> Tensor | None: ...
     def noise_coefficient(self, f: Evaluate, s: Time, z: Tensor) -> Tensor: ...

@@ -30,6 +30,11 @@ def vmapped(z: Tensor) -> bool:
     return False
 
 
+def _random_state(device: torch.device) -> Tensor:
+    """The state of the global generator that layers draw from on this device."""
+    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
+
+
 class Evaluator:
     """A field during one solve: evaluations are counted, the first one is checked, halves run under autocast.
 
@@ -41,6 +46,17 @@ class Evaluator:
         self.nfe = 0
         self.inspect: Callable[[Tensor, Tensor], None] | None = None  # sees the first value and its state
         self.within: Callable[[], AbstractContextManager[None]] | None = None  # every evaluation runs inside it
+
+    def over(self, field: Field) -> Evaluator:
+        """A fresh evaluator of another field under the same conditions."""
+        return Evaluator(field, self.batch, self.half, self.on_call)
+
+    def precision(self, z: Tensor) -> torch.dtype:
+        """The dtype that the field is evaluated in: the user's half precision, autocast's, or the state's."""
+        if self.half is not None:
+            return self.half
+        device = z.device.type
+        return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else z.dtype
 
     def take(self, rows: Tensor) -> Evaluator:
         """A fresh evaluator for these rows of the batch alone."""
@@ -75,6 +91,7 @@ class Evaluator:
             # Where the graph is inspected the copy hangs on a leaf of its own, which the walk takes for the state.
             copy = (z if recording or self.inspect is None else z.detach().requires_grad_()).clone()
             version = None if copy.is_inference() else copy._version
+            drawn = _random_state(z.device)
             dz = self._tried(t, copy)
         where = f"field {self.field.name}"
         if not isinstance(dz, Tensor):
@@ -91,6 +108,12 @@ class Evaluator:
             raise ValueError(
                 f"{where}: the field changed its input z in place; a solver evaluates it several times at one state: "
                 f"use the out-of-place operation (z * 2, not z.mul_(2); inplace=False)"
+            )
+        if not torch.equal(drawn, _random_state(z.device)):
+            raise ValueError(
+                f"{where}: the field draws random numbers (functional dropout, RReLU, attention with dropout): every "
+                f"evaluation would be of another field. Use DropoutSDEBlock or SDEBlock for noise along the solve, "
+                f"draw before it and pass the draw as context=, or call field.eval()"
             )
         if self.inspect is not None:
             self.inspect(dz, copy)

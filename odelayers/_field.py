@@ -35,7 +35,9 @@ def takes_time(f: Callable[..., Any], time: bool | None = None) -> bool:
     if not callable(f):
         raise TypeError(f"field: expected a callable f(z) or f(t, z), got {type(f).__name__}")
     if time is not None:
-        return bool(time)
+        if not isinstance(time, bool):
+            raise TypeError(f"time: expected True for f(t, z), False for f(z) or None, got {time!r}")
+        return time
     target = f.forward if isinstance(f, nn.Module) else f
     try:
         named = tuple(inspect.signature(target).parameters.values())
@@ -95,6 +97,10 @@ class Field:
                 f"field {self.name}: called as {said}context) with {len(self.context)} context tensor(s), but {error}; "
                 f"time=False says f(z, context), time=True f(t, z, context)"
             ) from error
+
+    def with_context(self, context: tuple[Tensor, ...]) -> Field:
+        """The same field with other tensors as its context."""
+        return replace(self, context=context)
 
     def take(self, rows: Tensor, batch: int) -> Field:
         """The same field for these rows alone: context with the batch's size as its first axis is per row."""

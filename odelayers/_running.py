@@ -32,20 +32,28 @@ class RunningField(Field):
     probe: Tensor | None = None
 
     @classmethod
-    def around(cls, field: Field, regularizers: Sequence[RunningRegularizer], probe: Tensor) -> RunningField:
-        """The field that also accumulates the regularisers; probe is shaped like the state."""
+    def around(
+        cls, field: Field, regularizers: Sequence[RunningRegularizer], z0: Tensor, generator: torch.Generator | None
+    ) -> RunningField:
+        """The field that also accumulates the regularisers; a probe shaped like z0 is drawn if one of them needs it."""
         for r in regularizers:
             if not callable(getattr(r, "rate", None)) or not hasattr(r, "needs_jacobian"):
                 raise TypeError(
                     f"running: expected regularisers accumulated along a solve (KineticRegularizer, "
                     f"JacobianRegularizer, SteadyStateRegularizer), got {type(r).__name__}"
                 )
+        probe = torch.zeros_like(z0)
+        if any(r.needs_jacobian for r in regularizers):
+            probe = torch.randn(z0.shape, generator=generator, dtype=z0.dtype, device=z0.device)
         return cls(field.f, field.takes_time, field.context, field, tuple(regularizers), probe)
 
     def take(self, rows: Tensor, batch: int) -> RunningField:
         field, probe = self._parts()
         inner = field.take(rows, batch)
         return replace(self, context=inner.context, field=inner, probe=probe[rows])
+
+    def with_context(self, context: tuple[Tensor, ...]) -> RunningField:
+        return replace(self, context=context, field=self._parts()[0].with_context(context))
 
     def enter(self, z: Tensor) -> Tensor:
         """The augmented state at the start: every integral is zero."""

@@ -31,6 +31,8 @@ class Times(NamedTuple):
 
 def output_times(ts: Tensor | Sequence[float], like: Tensor, where: str) -> Times:
     """Given output times `(T,)`, strictly increasing or decreasing."""
+    if not isinstance(ts, Tensor | Sequence) or isinstance(ts, str):
+        raise TypeError(f"{where}: ts: expected a Tensor (T,) or a list of times, got {type(ts).__name__}")
     values = torch.as_tensor(ts, dtype=torch.float64 if not isinstance(ts, Tensor) else None)
     if values.requires_grad:
         raise ValueError(f"{where}: ts: output times carry no gradient; pass the end time as t1=tensor for one")

@@ -277,7 +277,12 @@ class DropoutSDEBlock(NoisyBlock):
         generator: torch.Generator | None,
         noise: Tensor | None,
     ) -> Driver:
-        if self.p == 0 or not (self.training or self.noise_in_eval or noise is not None):
+        if self.p == 0 or not (self.training or self.noise_in_eval):
+            if noise is not None:
+                raise ValueError(
+                    "DropoutSDEBlock: noise: increments were given, but the noise is off (p = 0, or evaluation); "
+                    "set noise_in_eval=True to use them in evaluation"
+                )
             return times.clock
         return NoisyClock(times.clock, self._brownian(times, z0, generator, noise), self.sigma, self.calculus)
 

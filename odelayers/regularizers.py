@@ -140,12 +140,13 @@ class LyapunovRegularizer:
         field, z = Field.of(f), state(z, "LyapunovRegularizer")
         if z.numel() == 0:
             raise ValueError(f"LyapunovRegularizer: expected at least one point, got z of shape {tuple(z.shape)}")
-        velocity = at_least_float32(Evaluator(field, len(z))(t, z))
+        some, points = field, z
         if self.samples is not None and self.samples < len(z):
             device = z.device if generator is None else generator.device
             rows = torch.randperm(len(z), generator=generator, device=device)[: self.samples].to(z.device)
-            field, z = field.take(rows, len(z)), z[rows]
-        centres, radii = _discs(field, z, t, self.axis)
+            some, points = field.take(rows, len(z)), z[rows]
+        centres, radii = _discs(some, points, t, self.axis)  # first: it refuses BatchNorm before its statistics move
+        velocity = at_least_float32(Evaluator(field, len(z))(t, z))
         return LyapunovTerms(
             field=(self.field_scale * velocity).square().mean(),
             diagonal=_tame_exp(self.diagonal_scale * (centres + self.diagonal_margin)).mean(),
@@ -164,7 +165,6 @@ class SteadyStateRegularizer:
         loss = cross_entropy(head(z), y) + 0.01 * rest.running[0].mean()
 
     Divide by the length of that solve for the mean of |f| over it.
-
     Source: Yan, Du, Tan, Feng, "On robustness of neural ordinary differential equations" (ICLR 2020), section 4.
     """
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from odelayers._checks import finite_number, positive_int, state
+from odelayers._checks import finite_number, half_precision, positive_int, state
 from odelayers._driver import Clock
 from odelayers._evaluator import Evaluator
 from odelayers._field import Field, as_rows
@@ -179,7 +179,7 @@ def check_stability(
         diagonal=diagonal.amax(1),
         row_dominance=(diagonal.abs() - rows).amin(1),
         column_dominance=(diagonal.abs() - columns).amin(1),
-        rounding=J.shape[-1] * torch.finfo(diagonal.dtype).eps * J.flatten(1).norm(dim=1),
+        rounding=J.shape[-1] * torch.finfo(J.dtype).eps * J.flatten(1).norm(dim=1),
     )
 
 
@@ -215,6 +215,8 @@ def lyapunov_exponents(
     tensor([[-1., -2.]], dtype=torch.float64)
     """
     field, z0 = Field.of(f), state(z0, "lyapunov_exponents")
+    if z0.dtype in half_precision:
+        raise TypeError(f"lyapunov_exponents: expected float32 or float64 states, got {z0.dtype}; pass z0.double()")
     positive_int(steps, "lyapunov_exponents: steps")
     if finite_number(t1, "lyapunov_exponents: t1") <= finite_number(t0, "lyapunov_exponents: t0"):
         raise ValueError(f"lyapunov_exponents: expected t1 > t0, got t0={t0}, t1={t1}")

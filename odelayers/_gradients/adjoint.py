@@ -13,7 +13,7 @@ from odelayers._checks import positive_number
 from odelayers._driver import Clock, Driver
 from odelayers._evaluator import Evaluator
 from odelayers._field import Field, as_rows
-from odelayers._gradients.base import Gradient, Setting, check_cotangent, evaluators, wanted_tensors
+from odelayers._gradients.base import Gradient, Setting, check_cotangent, cut, evaluators
 from odelayers._solution import GradientError
 from odelayers._solvers.adaptive import AdaptiveRungeKutta
 from odelayers._solvers.base import Path, Solver, row_rms
@@ -65,15 +65,16 @@ class Adjoint(Gradient):
     def solve(self, solver: Solver, f: Evaluator, z0: Tensor, ts: Sequence[float], driver: Driver) -> Path:
         if not torch.is_grad_enabled():
             return solver.integrate(f, z0, ts, driver)
-        wanted, setting = wanted_tensors(f, driver), Setting(f, driver, z0.device)
+        driver, originals, leaves = cut(f, driver)
+        setting = Setting(f, driver, z0.device)
         if isinstance(solver, TorchSDE) or (isinstance(solver, TorchDiffEq) and solver.method != "scipy_solver"):
             for evaluator in evaluators(f, driver):
                 evaluator.within = setting.restored  # the library evaluates again in its own backward pass
-            path: Path = solver.integrate(f, z0, ts, driver, adjoint=tuple(wanted))
+            path, zs = _Library.solved(solver, f, z0, ts, driver, originals, leaves)
             setting.check_still()
-            return replace(path, zs=_Watched.apply(path.zs))  # type: ignore[no-untyped-call]
-        backward = _Backward(self, solver, f, tuple(ts), cast(Clock, driver), setting, wanted)
-        zs: Tensor = _Flow.apply(backward, z0, *wanted)  # type: ignore[no-untyped-call]
+            return replace(path, zs=zs)
+        backward = _Backward(self, solver, f, tuple(ts), cast(Clock, driver), setting, leaves)
+        zs = _Flow.apply(backward, z0, *originals)  # type: ignore[no-untyped-call]
         return Path(zs, backward.accepted, backward.rejected)
 
 
@@ -107,19 +108,19 @@ class _Backward:
         equation = Evaluator(cast(Field, field), 1)
         totals = torch.cat([torch.zeros_like(x).reshape(-1) for x in self.wanted]) if self.wanted else zs.new_empty(0)
         a = gradient[-1]
+        size = torch.stack([as_rows(z).norm(dim=1) for z in zs]).amax(dim=0)  # of each row along its solution
         for i in range(len(self.ts) - 1, 0, -1):
             y = torch.cat([zs[i].reshape(-1), a.reshape(-1), totals]).unsqueeze(0)
             span = (self.ts[i], self.ts[i - 1])
             y = self.solver.integrate(equation, y, span, Clock(), norm=lambda e: _sample_norm(e, n, shape)).zs[-1, 0]
-            self._check_drift(y[:n].view(shape), zs[i - 1], self.ts[i - 1])
+            self._check_drift(y[:n].view(shape), zs[i - 1], size, self.ts[i - 1])
             a, totals = y[n : 2 * n].view(shape) + gradient[i - 1], y[2 * n :]
         parts = torch.split(totals, [x.numel() for x in self.wanted]) if self.wanted else ()
         shaped = [part.view(x.shape) for part, x in zip(parts, self.wanted, strict=True)]
         return [a, *(g if used else None for g, used in zip(shaped, field.used, strict=True))]
 
-    def _check_drift(self, recovered: Tensor, stored: Tensor, t: float) -> None:
-        size = as_rows(stored).norm(dim=1)
-        drift = as_rows(recovered - stored).norm(dim=1) / (size + size.mean() + torch.finfo(stored.dtype).tiny)
+    def _check_drift(self, recovered: Tensor, stored: Tensor, size: Tensor, t: float) -> None:
+        drift = as_rows(recovered - stored).norm(dim=1) / size.clamp(min=torch.finfo(stored.dtype).tiny)
         worst = drift.max().item()
         if not worst <= self.gradient.max_drift:
             raise GradientError(
@@ -178,14 +179,31 @@ class _Flow(torch.autograd.Function):
             return None, *ctx.solve.backward(zs, gradient)
 
 
-class _Watched(torch.autograd.Function):
-    """The identity, which looks at the gradient before a library's adjoint gets it."""
+class _Library(torch.autograd.Function):
+    """A library's adjoint solve as one node, its own graph kept apart between leaves."""
 
     @staticmethod
-    def forward(ctx: Any, zs: Tensor) -> Tensor:
-        return zs.view_as(zs)
+    def solved(
+        solver: TorchDiffEq | TorchSDE,
+        f: Evaluator,
+        z0: Tensor,
+        ts: Sequence[float],
+        driver: Driver,
+        originals: list[Tensor],
+        leaves: list[Tensor],
+    ) -> tuple[Path, Tensor]:
+        start = z0.detach().requires_grad_()
+        path: Path = solver.integrate(f, start, ts, driver, adjoint=tuple(leaves))
+        zs: Tensor = _Library.apply(path.zs, [start, *leaves], z0, *originals)  # type: ignore[no-untyped-call]
+        return path, zs
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+    def forward(ctx: Any, zs: Tensor, leaves: list[Tensor], z0: Tensor, *originals: Tensor) -> Tensor:
+        ctx.zs, ctx.leaves = zs, leaves
+        return zs.detach()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
         check_cotangent(gradient)
-        return gradient
+        found = torch.autograd.grad(ctx.zs, ctx.leaves, gradient, retain_graph=True, allow_unused=True)
+        return None, None, *found

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from odelayers._field import Field, modules, parameters, tensors
 from odelayers._solution import GradientError
 from odelayers._solvers.base import Path, Solver
 
-__all__ = ["Gradient", "Setting", "check_cotangent", "evaluators", "wanted_tensors"]
+__all__ = ["Gradient", "Setting", "check_cotangent", "cut", "evaluators"]
 
 
 class Gradient(ABC):
@@ -44,21 +44,43 @@ def fields(f: Evaluator, driver: Driver) -> list[Field]:
     return [evaluator.field for evaluator in evaluators(f, driver)]
 
 
-def wanted_tensors(f: Evaluator, driver: Driver) -> list[Tensor]:
-    """The tensors beside z0 that get a gradient: parameters, context and a tensor end time.
+class Cut(NamedTuple):
+    """A solve cut off from the graph around it.
+
+    Context, a tensor end time and given noise are replaced by leaves of their own: where one is made from another, or
+    from a parameter of the field, a gradient taken inside the solve would otherwise run through what made it, and
+    autograd would run there once more outside.
+    """
+
+    driver: Driver
+    originals: list[Tensor]
+    leaves: list[Tensor]
+
+
+def cut(f: Evaluator, driver: Driver) -> Cut:
+    """Cut a solve off; `f` is changed in place. `originals` get the gradients found for `leaves`.
 
     The first evaluation of the solve will raise GradientError if the field depends on a tensor that is none of these
     (captured by a closure): a gradient that evaluates the field again cannot see it and would be silently zero.
     """
-    found: list[Tensor] = [p for field in fields(f, driver) for p in parameters(field.f)]
-    found += [c for field in fields(f, driver) for c in field.context if c.requires_grad]
-    clock = driver.clock
-    found += [clock.rate] if clock.rate is not None and clock.rate.requires_grad else []
-    wanted = list({id(x): x for x in found}.values())
-    known = {_node(x) for x in wanted}
+    originals: list[Tensor] = list({id(p): p for field in fields(f, driver) for p in parameters(field.f)}.values())
+    leaves, copies = list(originals), dict[int, Tensor]()
+
+    def leaf(x: Tensor) -> Tensor:
+        if not x.requires_grad:
+            return x
+        if id(x) not in copies:
+            copies[id(x)] = x.detach().requires_grad_()
+            originals.append(x)
+            leaves.append(copies[id(x)])
+        return copies[id(x)]
+
+    f.field = f.field.with_context(tuple(map(leaf, f.field.context)))
+    driver = driver.with_tensors(leaf)
+    known = {_node(x) for x in leaves}
     for evaluator in evaluators(f, driver):
         evaluator.inspect = partial(_refuse_captured, known=known, name=evaluator.field.name)
-    return wanted
+    return Cut(driver, originals, leaves)
 
 
 def _node(x: Tensor) -> torch.autograd.graph.Node:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from odelayers._driver import Driver
 from odelayers._evaluator import Evaluator
-from odelayers._gradients.base import Gradient, Setting, check_cotangent, wanted_tensors
+from odelayers._gradients.base import Gradient, Setting, check_cotangent, cut
 from odelayers._solvers.base import MarchingSolver, Path, Solver, State, Step, row_rms
 
 __all__ = ["Checkpoint"]
@@ -43,9 +43,11 @@ class Checkpoint(Gradient):
             raise TypeError(f"Checkpoint: expected a solver of odelayers, got {solver!r}")
         if not torch.is_grad_enabled():
             return solver.integrate(f, z0, ts, driver)
-        wanted = wanted_tensors(f, driver)
-        solve = _Solve(solver, f, tuple(ts), driver, Setting(f, driver, z0.device), wanted)
-        zs: Tensor = _TakenAgain.apply(solve, z0, *wanted)  # type: ignore[no-untyped-call]
+        driver, originals, leaves = cut(f, driver)
+        if not any(x.requires_grad for x in (z0, *originals)):
+            return solver.integrate(f, z0, ts, driver)
+        solve = _Solve(solver, f, tuple(ts), driver, Setting(f, driver, z0.device), leaves)
+        zs: Tensor = _TakenAgain.apply(solve, z0, *originals)  # type: ignore[no-untyped-call]
         return Path(zs, len(solve.steps), solve.rejected)
 
 

@@ -43,7 +43,6 @@ class AdaptiveRungeKutta(MarchingSolver):
     first_step: float | None = None
 
     tableau: ClassVar[Tableau]
-    adaptive: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         name = type(self).__name__
@@ -101,8 +100,9 @@ class AdaptiveRungeKutta(MarchingSolver):
 
     def tolerances(self, f: Evaluator, z: Tensor) -> tuple[float, float]:
         """Both tolerances, not below the rounding of the dtype that the field is evaluated in."""
-        floor = 4 * torch.finfo(f.half or z.dtype).eps
-        return max(self.rtol, floor), max(self.atol, floor if f.half else 0.0)
+        precision = f.precision(z)
+        floor = 4 * torch.finfo(precision).eps
+        return max(self.rtol, floor), max(self.atol, floor if precision != z.dtype else 0.0)
 
     def _attempt(self, f: Evaluator, t: float, h: float, before: State, driver: Driver, stages: Stages) -> Try:
         z, k = before
@@ -172,7 +172,7 @@ class AdaptiveRungeKutta(MarchingSolver):
     ) -> SolveError:
         """Say which rows stopped the solve and why."""
         bad = ~errors.isfinite()
-        rows = bad if bad.any() else errors >= 0.03 * errors.amax()  # those that need a step within 2x of the worst's
+        rows = bad if bad.any() else errors >= 0.5 * errors.amax()  # steps within 15 % of the worst's, at order 5
         note = f"after {tried} steps tried, the last of length {abs(h):.3g}"
         if bad.any():
             return fail(self, f, rows, t, driver, Status.BLOW_UP, note)

@@ -60,14 +60,12 @@ class Path:
 class Solver(ABC):
     """How to step. Knows nothing of gradients.
 
-    `order` is the order of convergence, `calculus` the readings of an SDE that the solver converges to (empty: it
-    solves ODEs only) and `noises` the kinds of noise for which it does.
+    `calculus` names the readings of an SDE that the solver converges to (empty: it solves ODEs only), `noises` the
+    kinds of noise for which it does.
     """
 
-    order: ClassVar[float]
     calculus: ClassVar[tuple[str, ...]] = ()
     noises: ClassVar[tuple[str, ...]] = ("diagonal", "scalar")
-    adaptive: ClassVar[bool] = False
 
     @abstractmethod
     def integrate(self, f: Evaluator, z0: Tensor, ts: Sequence[float], driver: Driver, norm: Norm = row_rms) -> Path:
@@ -79,7 +77,9 @@ class Solver(ABC):
 
 
 class MarchingSolver(Solver):
-    """A solver of ours: a march of steps, each of which can be taken again from the state before it."""
+    """A solver of ours, of a known `order`: a march of steps, each of which can be taken again."""
+
+    order: ClassVar[float]
 
     @abstractmethod
     def start(self, f: Evaluator, t0: float, z0: Tensor, driver: Driver) -> State:

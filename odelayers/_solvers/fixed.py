@@ -71,6 +71,8 @@ class FixedGrid(MarchingSolver):
         # One host read a solve; under a transform or a compiler there is none.
         if not traced() and not bool(before[0].isfinite().all()):
             self._explain(f, z0, ts, driver)
+            note = "the cause is not seen when solved once more: does the field change between evaluations?"
+            raise fail(self, f, nonfinite_rows(before[0]), ts[-1], driver, Status.BLOW_UP, note)
 
     def again(self, f: Evaluator, step: Step, before: State, driver: Driver) -> tuple[State, list[Tensor]]:
         after = self.step(f, step, before, driver)
@@ -78,7 +80,7 @@ class FixedGrid(MarchingSolver):
 
     @torch.no_grad()
     def _explain(self, f: Evaluator, z0: Tensor, ts: Sequence[float], driver: Driver) -> None:
-        """Run once more, reading every step, to say which rows failed first and when."""
+        """Run once more, reading every step, and raise for the rows that failed first."""
         before = self.start(f, ts[0], z0, driver)
         first = nonfinite_rows(z0) | nonfinite_rows(f(driver.time(ts[0]), z0))
         if first.any():

@@ -11,18 +11,18 @@ from typing import Any
 import torch
 import torchdiffeq
 from torch import Tensor
-from torchdiffeq._impl.odeint import SOLVERS
 
 from odelayers._checks import one_of, positive_int, positive_number
 from odelayers._driver import Driver
 from odelayers._evaluator import Evaluator
 from odelayers._solution import SolveError, Status
+from odelayers._solvers.adaptive import Dopri5
 from odelayers._solvers.base import Norm, Path, Solver, fail, nonfinite_rows, row_rms
 
 __all__ = ["TorchDiffEq"]
 
+_ADAPTIVE = ("dopri8", "dopri5", "bosh3", "fehlberg2", "adaptive_heun")
 # torchdiffeq 0.2.5's explicit_adams diverges on z' = Az and is left out.
-_METHODS = tuple(method for method in SOLVERS if method != "explicit_adams")
 _FIXED = ("euler", "midpoint", "heun2", "heun3", "rk4", "implicit_adams", "fixed_adams")
 _SCIPY = ("Radau", "BDF", "LSODA", "RK45", "DOP853", "RK23")
 
@@ -58,7 +58,7 @@ class TorchDiffEq(Solver):
     scipy_method: str = "Radau"
 
     def __post_init__(self) -> None:
-        one_of(self.method, "TorchDiffEq: method", _METHODS)
+        one_of(self.method, "TorchDiffEq: method", (*_ADAPTIVE, *_FIXED, "scipy_solver"))
         one_of(self.scipy_method, "TorchDiffEq: scipy_method", _SCIPY)
         positive_number(self.rtol, "TorchDiffEq: rtol")
         positive_number(self.atol, "TorchDiffEq: atol")
@@ -67,11 +67,6 @@ class TorchDiffEq(Solver):
             positive_number(self.step_size, "TorchDiffEq: step_size")
             if self.method not in _FIXED:
                 raise ValueError(f"TorchDiffEq: step_size goes with {', '.join(_FIXED)}, got method={self.method!r}")
-
-    @property
-    def adaptive(self) -> bool:  # type: ignore[override]
-        """Whether the method chooses its steps."""
-        return self.method not in _FIXED
 
     def _options(self) -> dict[str, Any]:
         if self.method == "scipy_solver":
@@ -94,8 +89,7 @@ class TorchDiffEq(Solver):
         bad = nonfinite_rows(z0)
         if bad.any():
             raise fail(self, f, bad, ts[0], driver, Status.NONFINITE)
-        counts = self.adaptive and self.method != "scipy_solver"
-        func = (_CountingFunc if counts else _Func)(f, driver, ts[0])
+        func = (_CountingFunc if self.method in _ADAPTIVE else _Func)(f, driver, ts[0])
         times = torch.tensor(ts, dtype=torch.float64, device=z0.device)
         solve = torchdiffeq.odeint if adjoint is None else torchdiffeq.odeint_adjoint
         more = {} if adjoint is None else {"adjoint_params": adjoint}
@@ -107,20 +101,24 @@ class TorchDiffEq(Solver):
                     func, z0, times, rtol=self.rtol, atol=self.atol, method=self.method, options=self._options(), **more
                 )
             except AssertionError as error:
-                raise self._failure(f, z0, ts[0], func, driver, f"torchdiffeq says: {error}") from error
+                raise self._failure(f, z0, ts, func, driver, f"torchdiffeq says: {error}") from error
         bad = nonfinite_rows(zs.transpose(0, 1))
         if bad.any():
             raise fail(self, f, bad, ts[-1], driver, Status.BLOW_UP, "by the end of the solve")
         return Path(zs, func.accepted, func.rejected)
 
     @torch.no_grad()
-    def _failure(self, f: Evaluator, z0: Tensor, t0: float, func: _Func, driver: Driver, note: str) -> SolveError:
-        """The rows whose field is NaN or inf at the start, or else all: torchdiffeq judges the batch as a whole."""
-        bad = nonfinite_rows(driver.terms(f, t0, z0)[0])
-        if bad.any():
-            return fail(self, f, bad, t0, driver, Status.NONFINITE, note)
+    def _failure(
+        self, f: Evaluator, z0: Tensor, ts: Sequence[float], func: _Func, driver: Driver, note: str
+    ) -> SolveError:
+        """Which rows failed and why: torchdiffeq judges the batch as a whole, so `Dopri5` is asked instead."""
+        try:
+            Dopri5(self.rtol, self.atol, self.max_steps).integrate(f, z0, ts, driver)
+        except SolveError as error:
+            return SolveError(f"{f.field.name} solved by {self!r}", error.rows, error.t, error.status, note)
+        everyone = torch.ones(len(z0), dtype=torch.bool, device=z0.device)
         status = Status.MAX_STEPS if "max_num_steps" in note else Status.STEP_UNDERFLOW
-        return fail(self, f, torch.ones_like(bad), func.reached, driver, status, note)
+        return fail(self, f, everyone, func.reached, driver, status, note)
 
 
 class _Func:

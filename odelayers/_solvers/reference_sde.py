@@ -13,6 +13,7 @@ from torch import Tensor
 from odelayers._checks import one_of, positive_int
 from odelayers._driver import Brownian, Driver
 from odelayers._evaluator import Evaluator
+from odelayers._field import as_rows
 from odelayers._solution import Status
 from odelayers._solvers.base import Norm, Path, Solver, fail, nonfinite_rows, row_rms
 
@@ -83,7 +84,9 @@ class TorchSDE(Solver):
         bad = nonfinite_rows(z0)
         if bad.any():
             raise fail(self, f, bad, ts[0], driver, Status.NONFINITE)
-        sde, flat = _Sde(f, driver, z0.shape), z0.reshape(z0.shape[0], -1)
+        # Without noise both readings agree, and torchsde wants its method's own.
+        reading = self.calculus[0] if driver.noise is None else driver.calculus
+        sde, flat = _Sde(f, driver, z0.shape, reading), as_rows(z0)
         dt = (ts[-1] - ts[0]) / self.steps
         bm = _brownian(driver.noise, flat, ts, dt, self.method)
         times = torch.tensor(ts, dtype=z0.dtype, device=z0.device)
@@ -101,17 +104,17 @@ class TorchSDE(Solver):
 class _Sde:
     """A field and its driver as torchsde calls them, over states of shape (B, D)."""
 
-    def __init__(self, f: Evaluator, driver: Driver, shape: torch.Size) -> None:
+    def __init__(self, f: Evaluator, driver: Driver, shape: torch.Size, reading: str) -> None:
         self.field, self.driver, self.shape = f, driver, shape
         self.noise_type = "diagonal" if driver.noise is None else driver.noise.kind
-        self.sde_type = driver.calculus
+        self.sde_type = reading
 
     def f(self, t: Tensor, y: Tensor) -> Tensor:
         return self.driver.clock.terms(self.field, t, y.view(self.shape))[0].reshape(y.shape)
 
     def g(self, t: Tensor, y: Tensor) -> Tensor:
         g = self.driver.noise_coefficient(self.field, t, y.view(self.shape))
-        g = (g * torch.as_tensor(self.driver.clock.dt(1.0)).to(g).sqrt()).reshape(y.shape)
+        g = self.driver.clock.root(g).reshape(y.shape)
         return g.unsqueeze(-1) if self.noise_type == "scalar" else g
 
 

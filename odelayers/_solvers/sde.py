@@ -7,16 +7,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from odelayers._driver import Driver
+from odelayers._driver import Driver, NoisyClock
 from odelayers._evaluator import Evaluator
 from odelayers._solvers.base import State, Step
 from odelayers._solvers.fixed import FixedGrid
 
 __all__ = ["EulerMaruyama", "Milstein", "ReversibleHeun", "StratonovichHeun"]
-
-
-def _noise(driver: Driver, s: Step) -> Tensor | None:
-    return None if driver.noise is None else driver.noise.increment(s.number, s.h)
 
 
 @dataclass(frozen=True)
@@ -40,7 +36,7 @@ class EulerMaruyama(FixedGrid):
 
     def step(self, f: Evaluator, s: Step, before: State, driver: Driver) -> State:
         z = before[0]
-        return (driver.advance(z, driver.terms(f, s.t, z), s.h, _noise(driver, s)),)
+        return (driver.advance(z, driver.terms(f, s.t, z), s.h, driver.increment(s.number, s.h)),)
 
 
 @dataclass(frozen=True)
@@ -66,11 +62,13 @@ class Milstein(FixedGrid):
     order, calculus, noises = 1.0, ("ito", "stratonovich"), ("scalar",)
 
     def step(self, f: Evaluator, s: Step, before: State, driver: Driver) -> State:
-        z, dw = before[0], _noise(driver, s)
-        after = driver.advance(z, driver.terms(f, s.t, z), s.h, dw)
+        z, dw = before[0], driver.increment(s.number, s.h)
+        terms = driver.terms(f, s.t, z)
+        after = driver.advance(z, terms, s.h, dw)
         if dw is None:
             return (after,)
-        g = driver.noise_coefficient(f, s.t, z)
+        # The diffusion is the last term, or a multiple of the only one.
+        g = driver.sigma * terms[0] if isinstance(driver, NoisyClock) else terms[-1]
         along = torch.func.jvp(lambda at: driver.noise_coefficient(f, s.t, at), (z,), (g,))[1]
         square = dw * dw - driver.clock.dt(s.h) if driver.calculus == "ito" else dw * dw
         return (after + along * square / 2,)
@@ -98,7 +96,7 @@ class StratonovichHeun(FixedGrid):
     order, calculus = 0.5, ("stratonovich",)
 
     def step(self, f: Evaluator, s: Step, before: State, driver: Driver) -> State:
-        z, dw = before[0], _noise(driver, s)
+        z, dw = before[0], driver.increment(s.number, s.h)
         predicted = driver.advance(z, driver.terms(f, s.t, z), s.h, dw)
         corrected = driver.advance(predicted, driver.terms(f, s.t + s.h, predicted), s.h, dw)
         # z + (increment at z + increment at the prediction) / 2
@@ -131,7 +129,7 @@ class ReversibleHeun(FixedGrid):
         return (z0, z0, *driver.terms(f, t0, z0))
 
     def step(self, f: Evaluator, s: Step, before: State, driver: Driver) -> State:
-        (z, mirror, *terms), dw = before, _noise(driver, s)
+        (z, mirror, *terms), dw = before, driver.increment(s.number, s.h)
         reflected = driver.advance(2 * z - mirror, tuple(terms), s.h, dw)
         fresh = driver.terms(f, s.t + s.h, reflected)
         mean = tuple((a + b) / 2 for a, b in zip(terms, fresh, strict=True))

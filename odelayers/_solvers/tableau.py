@@ -16,7 +16,8 @@ class Tableau:
     Attributes:
         c: the stages' times, `c[0] = 0`.
         a: one row of weights for each stage after the first.
-        b: the weights of the step; equal to the last row of `a` where the last stage is the next step's first (FSAL).
+        b: the weights of the step; equal to the last row of `a` in the adaptive methods, whose last stage is the next
+            step's first (FSAL).
         error: `b` less the embedded method's weights; empty for a method without one.
         dense: for each stage the coefficients of theta, theta^2, ... of the continuous extension; empty without one.
         order: the order of the step.
@@ -28,11 +29,6 @@ class Tableau:
     order: int
     error: Row = ()
     dense: tuple[Row, ...] = ()
-
-    @property
-    def fsal(self) -> bool:
-        """Whether the last stage is evaluated at the step's own result."""
-        return bool(self.a) and self.a[-1] == self.b[: len(self.a[-1])] and not any(self.b[len(self.a[-1]) :])
 
     def dense_weights(self, theta: float) -> Row:
         """The weights of the stages for the solution at the fraction theta of the step."""

@@ -1,0 +1,105 @@
+"""Fields that change between evaluations, noise that is off, and solvers of other libraries at their limits."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from odelayers import (
+    RK4,
+    Dopri5,
+    DropoutSDEBlock,
+    Euler,
+    JacobianRegularizer,
+    KineticRegularizer,
+    ODEBlock,
+    SolveError,
+    Status,
+    TorchDiffEq,
+    TorchSDE,
+    Tsit5,
+)
+
+
+class FunctionalDropout(nn.Module):
+    """Dropout that no module tells of."""
+
+    def forward(self, z: Tensor) -> Tensor:
+        return F.dropout(-z, 0.5, self.training)
+
+
+def test_a_field_that_draws_is_refused_and_its_evaluation_mode_is_not() -> None:
+    """Random numbers drawn inside the field are found at the first evaluation, whoever draws them."""
+    block = ODEBlock(FunctionalDropout(), solver=Euler(4))
+    with pytest.raises(ValueError, match=r"FunctionalDropout: the field draws random numbers.*DropoutSDEBlock"):
+        block(torch.ones(2, 3))
+    block.eval()
+    assert (block(torch.ones(2, 3)) - 0.75**4).abs().max() < 1e-6
+
+
+def test_a_failure_that_is_not_seen_again_is_still_a_failure() -> None:
+    """A field that is NaN once leaves no NaN with the status OK behind."""
+    calls = 0
+
+    def once(z: Tensor) -> Tensor:
+        nonlocal calls
+        calls += 1
+        return -z * (torch.nan if calls == 3 else 1.0)
+
+    with pytest.raises(SolveError, match=r"not seen when solved once more") as caught:
+        ODEBlock(once, solver=RK4(4))(torch.ones(2, 1))
+    assert caught.value.rows == (0, 1)
+
+
+@pytest.mark.parametrize("solver", [Dopri5(), Tsit5()], ids=repr)
+def test_ambient_autocast_raises_the_tolerance_floor(solver: Dopri5 | Tsit5) -> None:
+    """A field in bfloat16 is not asked for an accuracy that its rounding cannot show."""
+    torch.manual_seed(0)
+    block, z = ODEBlock(nn.Sequential(nn.Linear(16, 16), nn.Tanh()), solver=solver), torch.randn(8, 16)
+    with torch.autocast("cpu", torch.bfloat16):
+        stats = block.solve(z).stats
+    assert stats.nfe <= block.solve(z).stats.nfe
+
+
+@pytest.mark.parametrize("method", ["heun", "midpoint", "reversible_heun"])
+def test_a_stratonovich_block_on_torchsde_runs_without_noise(method: str) -> None:
+    """In evaluation the block is the ODE, whichever reading its method has."""
+    block = DropoutSDEBlock(lambda z: -z, calculus="stratonovich", solver=TorchSDE(method, steps=50)).eval()
+    z = torch.ones(2, 1, dtype=torch.float64)
+    assert (block(z) - torch.exp(-z)).abs().max() < 1e-3
+
+
+def test_isolation_finds_the_rows_that_torchdiffeq_does_not_name() -> None:
+    """z' = z^2 blows up in one row; the others come out, and the status says which."""
+    z = torch.tensor([[0.1], [1.0], [0.2]])
+    solution = ODEBlock(lambda z: z**2, t1=2.0, solver=TorchDiffEq("dopri5"), on_failure="isolate").solve(z)
+    assert solution.stats.status.tolist() == [Status.OK, Status.BLOW_UP, Status.OK]
+    assert (solution.final[[0, 2]] - z[[0, 2]] / (1 - 2 * z[[0, 2]])).abs().max() < 1e-3
+
+
+@pytest.mark.parametrize(("p", "training"), [(0.0, True), (0.1, False)])
+def test_increments_for_noise_that_is_off_are_refused(p: float, training: bool) -> None:
+    """What is given is used or refused, never ignored."""
+    block = DropoutSDEBlock(lambda z: -z, p).train(training)
+    with pytest.raises(ValueError, match=r"noise: increments were given, but the noise is off.*noise_in_eval=True"):
+        block.solve(torch.ones(2, 1), noise=torch.zeros(20, 2, 1))
+
+
+def test_increments_that_are_not_finite_are_refused_as_such() -> None:
+    """NaN in the noise is not taken for a blow-up of the field."""
+    noise = torch.zeros(20, 2, 1)
+    noise[3] = torch.nan
+    with pytest.raises(ValueError, match=r"noise: expected finite increments"):
+        DropoutSDEBlock(lambda z: -z).solve(torch.ones(2, 1), noise=noise)
+
+
+def test_only_a_jacobian_s_integral_moves_the_random_numbers_that_follow() -> None:
+    """Measuring kinetic energy draws nothing; the Jacobian's probe does (control)."""
+    block, states = ODEBlock(lambda z: -z), []
+    for running in ([], [KineticRegularizer()], [JacobianRegularizer()]):
+        torch.manual_seed(5)
+        block.solve(torch.ones(2, 1), running=running)
+        states.append(torch.get_rng_state())
+    assert torch.equal(states[0], states[1]) and not torch.equal(states[0], states[2])
