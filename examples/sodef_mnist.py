@@ -12,18 +12,23 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
+import torch
 from mnist.data import DataError, load
 from mnist.presets import PRESETS
 from mnist.report import write_report
 from mnist.study import run, usable_device
 
 
-def _seed(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"expected an int >= 0, got {text!r}")
-    return int(text)
+def _whole(least: int) -> Callable[[str], int]:
+    def whole(text: str) -> int:
+        if not text.isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"expected an int >= {least}, got {text!r}")
+        return int(text)
+
+    return whole
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -37,8 +42,13 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
         help="folder with MNIST's four IDX files, or 'digits' for scikit-learn's; "
         "default: $ODELAYERS_MNIST, else the cache folder, else a download",
     )
-    parser.add_argument("--seed", type=_seed, default=0, help="seed of weights, order, noise and attacks (default: 0)")
+    parser.add_argument(
+        "--seed", type=_whole(0), default=0, help="seed of weights, order, noise and attacks (default: 0)"
+    )
     parser.add_argument("--device", default="cpu", help="torch device (default: cpu)")
+    # The operations are small: a second thread gains little, loses much as soon as another process wants its core, and
+    # changes the last digits. One thread gives the same numbers on every machine of a kind.
+    parser.add_argument("--threads", type=_whole(1), default=1, help="CPU threads of one operation (default: 1)")
     given = parser.parse_args(argv)
     given.out = given.out or Path("runs") / f"sodef_mnist-{given.preset}"
     if given.out.exists() and not given.out.is_dir():
@@ -53,6 +63,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     """Run the study; returns the exit status."""
     given, started = arguments(argv), time.perf_counter()
+    torch.set_num_threads(given.threads)
     try:
         data = load(given.data)
     except DataError as error:

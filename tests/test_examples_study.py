@@ -200,6 +200,7 @@ def command(*arguments: str, **environment: str) -> subprocess.Popen[str]:
         (["--preset", "slow"], "invalid choice: 'slow'"),
         (["--seed", "-1"], "expected an int >= 0, got '-1'"),
         (["--seed", "two"], "expected an int >= 0, got 'two'"),
+        (["--threads", "0"], "expected an int >= 1, got '0'"),
         (["--device", "abacus"], "torch cannot use 'abacus' here"),
         (["--data", "/no/such/folder"], "--data: expected a folder with MNIST's four IDX files"),
         (["--out", __file__], "is a file, expected a folder"),

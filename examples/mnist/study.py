@@ -31,7 +31,8 @@ class Study:
         models, threats = len(preset.models), len(preset.suite.threats)
         self.records = Records(out, stages=models * (2 + threats) + 1)  # trained, clean, attacked; and the spectra
         sizes = [len(cut.train), len(cut.validation), len(cut.test)]
-        self.common = {"data": cut.name, "sizes": sizes, "seed": seed, "device": device.type, "widths": preset.widths}
+        machine = {"device": device.type, "threads": torch.get_num_threads()}  # both change the last digits
+        self.common = {"data": cut.name, "sizes": sizes, "seed": seed, "widths": preset.widths, **machine}
         self.trained: dict[str, Record] = {}
 
     def train(self, spec: Model) -> Record:
