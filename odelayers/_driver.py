@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -167,25 +167,35 @@ class Brownian:
 
 
 @dataclass(frozen=True)
-class NoisyClock:
-    """`dt + sigma dW` times the same field: dz = f (dt + sigma dW), one evaluation of f a step."""
+class _Noisy:
+    """What the two noisy drivers share: a clock and a source of noise."""
 
     clock: Clock
     noise: Brownian
-    sigma: float
-    calculus: str = "ito"
 
     def time(self, s: Time) -> Time:
         """The field's time at the solver's time s."""
         return self.clock.time(s)
 
-    def with_tensors(self, swap: Swap) -> NoisyClock:
+    def increment(self, number: int, h: float) -> Tensor:
+        """The increment dW of a step."""
+        return self.noise.increment(number, h, self.clock)
+
+    def with_tensors(self, swap: Swap) -> Self:
         """The same driver with its tensors swapped for others."""
         return replace(self, clock=self.clock.with_tensors(swap), noise=self.noise.with_tensors(swap))
 
-    def take(self, rows: Tensor) -> NoisyClock:
+    def take(self, rows: Tensor) -> Self:
         """The same driver for these rows of the batch alone."""
         return replace(self, clock=self.clock.take(rows), noise=self.noise.take(rows))
+
+
+@dataclass(frozen=True)
+class NoisyClock(_Noisy):
+    """`dt + sigma dW` times the same field: dz = f (dt + sigma dW), one evaluation of f a step."""
+
+    sigma: float
+    calculus: str = "ito"
 
     def terms(self, f: Evaluate, s: Time, z: Tensor) -> Terms:
         """The field alone, which also carries the noise."""
@@ -196,36 +206,26 @@ class NoisyClock:
         after: Tensor = z + terms[0] * (self.clock.dt(h) + self.sigma * dw)
         return after
 
-    def increment(self, number: int, h: float) -> Tensor:
-        """The increment dW of a step."""
-        return self.noise.increment(number, h, self.clock)
-
     def noise_coefficient(self, f: Evaluate, s: Time, z: Tensor) -> Tensor:
         """G(s, z) = sigma f(s, z)."""
         return self.sigma * f(self.time(s), z)
 
 
 @dataclass(frozen=True)
-class Diffusion:
+class Diffusion(_Noisy):
     """`dt` for the field beside `dW` for a diffusion of its own: dz = f dt + g dW."""
 
-    clock: Clock
-    noise: Brownian
     g: Evaluator
     calculus: str = "ito"
 
-    def time(self, s: Time) -> Time:
-        """The field's time at the solver's time s."""
-        return self.clock.time(s)
-
-    def with_tensors(self, swap: Swap) -> Diffusion:
+    def with_tensors(self, swap: Swap) -> Self:
         """The same driver with its tensors swapped for others."""
         g = self.g.over(self.g.field.with_context(tuple(map(swap, self.g.field.context))))
-        return replace(self, clock=self.clock.with_tensors(swap), noise=self.noise.with_tensors(swap), g=g)
+        return replace(super().with_tensors(swap), g=g)
 
-    def take(self, rows: Tensor) -> Diffusion:
+    def take(self, rows: Tensor) -> Self:
         """The same driver for these rows of the batch alone."""
-        return replace(self, clock=self.clock.take(rows), noise=self.noise.take(rows), g=self.g.take(rows))
+        return replace(super().take(rows), g=self.g.take(rows))
 
     def terms(self, f: Evaluate, s: Time, z: Tensor) -> Terms:
         """The drift and the diffusion."""
@@ -235,10 +235,6 @@ class Diffusion:
         """Give z + f h + g dW."""
         after: Tensor = self.clock.advance(z, terms, h, None) + terms[1] * dw
         return after
-
-    def increment(self, number: int, h: float) -> Tensor:
-        """The increment dW of a step."""
-        return self.noise.increment(number, h, self.clock)
 
     def noise_coefficient(self, f: Evaluate, s: Time, z: Tensor) -> Tensor:
         """G(s, z) = g(t(s), z)."""
