@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import lru_cache
 from itertools import pairwise
 
 import numpy as np
@@ -43,6 +44,13 @@ class Problem:
     f: Callable[..., Tensor]
     z0: Tensor
     solution: Callable[[float], Tensor]
+    timed: bool = False
+    invariant: Callable[[Tensor], Tensor] | None = None  # of the state's rows, constant along a solution
+    smooth: bool = True  # whether steps of a twentieth lie in the region where the order shows
+
+    def rate(self, t: Tensor, z: Tensor) -> Tensor:
+        """The field with its time, whether it asks for one or not."""
+        return self.f(t, z) if self.timed else self.f(z)
 
     def along(self, ts: Sequence[float]) -> Tensor:
         """The solution at these times, `(T, B, ...)`."""
@@ -55,7 +63,7 @@ _GRID = torch.linspace(0.5, 1.5, 12, dtype=torch.float64).reshape(2, 3, 2)
 
 
 def _linear(z: Tensor) -> Tensor:
-    return z @ MATRIX.T
+    return z @ MATRIX.to(z).T
 
 
 def _logistic(z: Tensor) -> Tensor:
@@ -81,9 +89,96 @@ def _forced_at(t: float) -> Tensor:
 
 LINEAR = Problem("linear", _linear, _START, lambda t: _START @ torch.linalg.matrix_exp(t * MATRIX).T)
 LOGISTIC = Problem("logistic, 1-d state", _logistic, _logistic_at(0.0), _logistic_at)
-FORCED = Problem("forced, time-dependent", _forced, _GRID, _forced_at)
-BELL = Problem("bell, time-dependent", _bell, _GRID, lambda t: _GRID * np.exp(-(t**2)))
+FORCED = Problem("forced, time-dependent", _forced, _GRID, _forced_at, timed=True)
+BELL = Problem("bell, time-dependent", _bell, _GRID, lambda t: _GRID * np.exp(-(t**2)), timed=True)
 PROBLEMS = (LINEAR, LOGISTIC, FORCED, BELL)
+
+_ECCENTRICITY = torch.tensor([0.0, 0.2, 0.4], dtype=torch.float64)
+_PREY = torch.tensor([[1.5, 0.6], [0.4, 1.1]], dtype=torch.float64)
+
+
+def _gravity(z: Tensor) -> Tensor:
+    """Newton's law around the origin: (x, y, x', y')."""
+    place, speed = z[:, :2], z[:, 2:]
+    return torch.cat([speed, -place / place.square().sum(dim=1, keepdim=True) ** 1.5], dim=1)
+
+
+def _orbit(t: float) -> Tensor:
+    """Ellipses of half axis 1 from their perihelion, by Kepler's equation E - e sin E = t."""
+    e = _ECCENTRICITY
+    angle = torch.full_like(e, t)
+    for _ in range(50):
+        angle = angle - (angle - e * angle.sin() - t) / (1 - e * angle.cos())
+    minor, slowness = (1 - e**2).sqrt(), 1 - e * angle.cos()
+    columns = (angle.cos() - e, minor * angle.sin(), -angle.sin() / slowness, minor * angle.cos() / slowness)
+    return torch.stack(columns, dim=1)
+
+
+def _energy(z: Tensor) -> Tensor:
+    return z[:, 2:].square().sum(dim=1) / 2 - 1 / z[:, :2].norm(dim=1)
+
+
+def _lotka_volterra(z: Tensor) -> Tensor:
+    prey, hunters = z[:, 0], z[:, 1]
+    return torch.stack([prey * (1 - hunters), hunters * (prey - 1)], dim=1)
+
+
+@lru_cache
+def _lotka_volterra_at(t: float) -> Tensor:
+    return reference(_lotka_volterra, _PREY, [0.0, t])[-1] if t else _PREY
+
+
+def _relaxation(t: Tensor, z: Tensor) -> Tensor:
+    return -20 * (z - torch.cos(t)) - torch.sin(t)
+
+
+KEPLER = Problem("Kepler", _gravity, _orbit(0.0), _orbit, invariant=_energy)
+LOTKA_VOLTERRA = Problem(
+    "Lotka-Volterra", _lotka_volterra, _PREY, _lotka_volterra_at, invariant=lambda z: (z - z.log()).sum(dim=1)
+)
+RELAXATION = Problem(
+    "stiff relaxation",
+    _relaxation,
+    _GRID,
+    lambda t: np.cos(t) + (_GRID - 1) * np.exp(-20 * t),
+    timed=True,
+    smooth=False,
+)
+ORACLES = (*PROBLEMS, KEPLER, LOTKA_VOLTERRA, RELAXATION)
+
+
+@dataclass(frozen=True)
+class NoisyProblem:
+    """dz = drift dt + g dW with one W, as both readings write it; its solution from z and W(t) at t."""
+
+    name: str
+    drift: dict[str, Callable[[Tensor], Tensor]] = field(compare=False)
+    g: Callable[[Tensor], Tensor]
+    solution: Callable[[Tensor, Tensor, float], Tensor]
+
+    def with_path(self, f: Callable[[Tensor], Tensor], rate: float) -> Callable[[Tensor], Tensor]:
+        """A field on states (z, w), whose w grows at `rate`: with drift 0 and noise 1 it carries W itself."""
+        return lambda x: torch.stack([f(x[:, 0]), torch.full_like(x[:, 1], rate)], dim=1)
+
+
+def _flow_of_sine(z: Tensor, time: Tensor) -> Tensor:
+    """The solution of z' = -sin z."""
+    return 2 * torch.atan(torch.tan(z / 2) * torch.exp(-time))
+
+
+GBM = NoisyProblem(
+    "geometric Brownian motion",
+    {"ito": lambda z: 0.7 * z, "stratonovich": lambda z: (0.7 - 0.5**2 / 2) * z},
+    lambda z: 0.5 * z,
+    lambda z, w, t: z * torch.exp((0.7 - 0.5**2 / 2) * t + 0.5 * w),
+)
+RANDOM_TIME = NoisyProblem(  # dz = f o (dt + 0.5 dW); the correction g g' / 2 makes it Ito's
+    "scalar-noise Stratonovich",
+    {"stratonovich": lambda z: -z.sin(), "ito": lambda z: -z.sin() + 0.5**2 / 2 * z.sin() * z.cos()},
+    lambda z: -0.5 * z.sin(),
+    lambda z, w, t: _flow_of_sine(z, t + 0.5 * w),
+)
+NOISY = (GBM, RANDOM_TIME)
 
 
 class TanhNet(nn.Module):
@@ -111,6 +206,17 @@ def reference(f: Callable[..., Tensor], z0: Tensor, ts: Sequence[float], timed: 
 
     out = solve_ivp(flat, (ts[0], ts[-1]), z0.detach().reshape(-1).numpy(), "DOP853", ts, rtol=1e-12, atol=1e-12)
     return torch.from_numpy(out.y.T.copy()).reshape(len(ts), *z0.shape)
+
+
+@lru_cache
+def tangent(problem: Problem, t1: float) -> tuple[Tensor, Tensor]:
+    """A direction v and the derivative of the solution at t1 along it, by DOP853 on the equation z, v' = f, J f v."""
+    v = torch.randn(problem.z0.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+    def both(t: Tensor, y: Tensor) -> Tensor:
+        return torch.stack(torch.func.jvp(lambda z: problem.rate(t, z), (y[0],), (y[1],)))
+
+    return v, reference(both, torch.stack([problem.z0, v]), [0.0, t1], timed=True)[-1, 1]
 
 
 def slope(sizes: Sequence[float], errors: Sequence[float]) -> float:

@@ -1,0 +1,101 @@
+"""Peak memory of one forward and backward solve, by gradient: T = 5 beside T = 80 at the same fixed step.
+
+Each run has a process of its own. After one short solve to load what is loaded once, the kernel's high-water mark is
+reset; what is told is its height after the solve less the resident set before it. Linux only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from harness import RESULTS, machine
+
+from odelayers import RK4, Adjoint, Backprop, Checkpoint, ConvField, ODEBlock
+
+BATCH, SHAPE, STEP = 64, (16, 7, 7), 0.5
+TIMES = (5.0, 80.0)
+GRADIENTS = {"Backprop": Backprop(), "Checkpoint": Checkpoint(), "Adjoint": Adjoint()}
+MIB = 2**20
+
+
+def status(key: str) -> int:
+    """A size from the kernel's account of this process, in bytes."""
+    line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(key + ":"))
+    return int(line.split()[1]) * 1024
+
+
+def solve(name: str, t1: float) -> None:
+    """Forward and backward through one block."""
+    torch.manual_seed(0)
+    f, z = ConvField(SHAPE[0]), torch.randn(BATCH, *SHAPE, requires_grad=True)
+    with torch.no_grad():
+        for p in f.parameters():  # a field that neither grows nor contracts much over the longest time
+            p.mul_(0.05)
+    block = ODEBlock(f, t1=t1, solver=RK4(steps=round(t1 / STEP)), gradient=GRADIENTS[name])
+    block(z).square().mean().backward()
+
+
+def child(name: str, t1: float) -> None:
+    """Print what one solve adds to the resident set at its height, in bytes."""
+    torch.set_num_threads(1)
+    solve(name, STEP)
+    before = status("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark falls to the resident set
+    solve(name, t1)
+    print(status("VmHWM") - before)
+
+
+def measure(name: str, t1: float, rounds: int) -> float:
+    """The median over processes, in MiB."""
+    # Blocks of 64 KiB and more go back to the kernel when freed, so that the height is that of live memory.
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
+    run = [sys.executable, __file__, "--child", name, str(t1)]
+    found = [
+        int(subprocess.run(run, env=env, check=True, capture_output=True, text=True).stdout) for _ in range(rounds)
+    ]
+    return statistics.median(found) / MIB
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=3, help="processes that each run gets (default: 3)")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the table and the JSON")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    rows = [{"gradient": name, **{f"T={t:g}": measure(name, t, args.rounds) for t in TIMES}} for name in GRADIENTS]
+    short, long = (f"T={t:g}" for t in TIMES)
+    steps = " and ".join(f"{t / STEP:g}" for t in TIMES)
+    command = f"python benchmarks/memory.py --rounds {args.rounds}"
+    about = machine()
+    lines = [
+        f"# Peak memory of forward+backward: ConvField, batch {BATCH} of {SHAPE}, RK4 with step {STEP} ({steps} steps)",
+        "",
+        f"Command: `{command}`. Peak resident set less the one before the solve; float32; "
+        f"the median of {args.rounds} processes each. {about['device']}; Python {about['python']}, torch {about['versions']['torch']}.",
+        "",
+        f"| gradient | {short}, MiB | {long}, MiB | growth |",
+        "| --- | ---: | ---: | ---: |",
+    ]
+    for row in rows:
+        row["growth"] = row[long] / row[short]
+        lines.append(f"| {row['gradient']} | {row[short]:.1f} | {row[long]:.1f} | {row['growth']:.1f}x |")
+    text = "\n".join(lines) + "\n"
+    print(text)
+    args.out.mkdir(parents=True, exist_ok=True)
+    (args.out / "memory.md").write_text(text)
+    record = {"title": lines[0][2:], "command": command, "machine": about, "unit": "MiB", "rows": rows}
+    (args.out / "memory.json").write_text(json.dumps(record, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--child"]:
+        child(sys.argv[2], float(sys.argv[3]))
+    else:
+        main()
