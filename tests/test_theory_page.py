@@ -1,0 +1,59 @@
+"""docs/theory.md names tests that exist, a control for each statement, and pictures that are there and small."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+TESTS = Path(__file__).parent
+DOCS = TESTS.parent / "docs"
+PAGE = (DOCS / "theory.md").read_text()
+NAMED = re.compile(r"`(test_\w+\.py)::(test_\w+)`")
+
+
+def sections(text: str) -> dict[int, str]:
+    """The text under each numbered heading."""
+    parts = re.split(r"^## (\d+)\. ", text, flags=re.MULTILINE)
+    return {int(number): body for number, body in zip(parts[1::2], parts[2::2], strict=True)}
+
+
+def missing(text: str) -> list[str]:
+    """The tests that a text names and no file defines."""
+    known: dict[str, set[str]] = {}
+    for file in TESTS.glob("test_*.py"):
+        known[file.name] = {n.name for n in ast.walk(ast.parse(file.read_text())) if isinstance(n, ast.FunctionDef)}
+    return [f"{file}::{test}" for file, test in NAMED.findall(text) if test not in known.get(file, set())]
+
+
+def test_every_test_that_the_page_names_exists() -> None:
+    """File and function; a name that is none is caught (control)."""
+    assert missing(PAGE) == []
+    assert missing("`test_theorems.py::test_nothing`, `test_none.py::test_x`") != []
+
+
+def test_each_of_the_19_statements_has_its_test_and_its_control() -> None:
+    """Every heading from 1 to 19, once, with a line of each kind that names a test."""
+    bodies = sections(PAGE)
+    assert sorted(bodies) == list(range(1, 20)) and len(re.findall(r"^## ", PAGE, re.MULTILINE)) == 19
+    for number, body in bodies.items():
+        held, _, control = body.partition("- Control:")
+        assert NAMED.search(held.partition("- Held by")[2]), f"statement {number} has no test"
+        assert NAMED.search(control), f"statement {number} has no control"
+
+
+def test_the_page_s_tests_say_what_they_hold() -> None:
+    """Each named test has a docstring of one sentence or more."""
+    for file, test in NAMED.findall(PAGE):
+        tree = ast.parse((TESTS / file).read_text())
+        function = next(n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef) and n.name == test)
+        assert ast.get_docstring(function), f"{file}::{test} says nothing"
+
+
+def test_pictures_are_those_of_the_script_and_small() -> None:
+    """The page shows exactly the files of docs/_static/theory, each under 60 kB and drawn by the script."""
+    shown = sorted(re.findall(r"\]\(_static/theory/(\w+)\.svg\)", PAGE))
+    files = sorted((DOCS / "_static" / "theory").iterdir())
+    assert shown == [file.stem for file in files] and all(file.stat().st_size < 60_000 for file in files)
+    tree = ast.parse((DOCS / "theory_figures.py").read_text())
+    assert set(shown) <= {n.name for n in tree.body if isinstance(n, ast.FunctionDef)}
