@@ -78,7 +78,8 @@ def main() -> None:
         f"# Peak memory of forward+backward: ConvField, batch {BATCH} of {SHAPE}, RK4 with step {STEP} ({steps} steps)",
         "",
         f"Command: `{command}`. Peak resident set less the one before the solve; float32; "
-        f"the median of {args.rounds} processes each. {about['device']}; Python {about['python']}, torch {about['versions']['torch']}.",
+        f"the median of {args.rounds} processes each. {about['device']}; Python {about['python']}, "
+        f"torch {about['versions']['torch']}.",
         "",
         f"| gradient | {short}, MiB | {long}, MiB | growth |",
         "| --- | ---: | ---: | ---: |",
