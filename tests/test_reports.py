@@ -1,0 +1,69 @@
+"""What a solve reports of itself: counts of steps, times of failure; and that solvers and gradients are values."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+
+from odelayers import (
+    RK4,
+    Adjoint,
+    Backprop,
+    Checkpoint,
+    Dopri5,
+    Euler,
+    EulerMaruyama,
+    Heun,
+    Midpoint,
+    Milstein,
+    ODEBlock,
+    ReversibleHeun,
+    SDEBlock,
+    SolveError,
+    TorchDiffEq,
+    TorchSDE,
+    Tsit5,
+)
+from problems import name
+
+VALUES = (Dopri5(), Tsit5(), Euler(2), Midpoint(2), Heun(2), RK4(2), TorchDiffEq("rk4"), Backprop(), Adjoint())
+
+
+@pytest.mark.parametrize("value", (*VALUES, Checkpoint(), TorchSDE("euler", steps=2)), ids=name)
+def test_a_solver_or_gradient_is_a_value(value: Any) -> None:
+    """Equal by its fields, hashable, and never changed in place: one may be shared by many blocks."""
+    twin = dataclasses.replace(value)
+    assert twin == value and hash(twin) == hash(value) and repr(twin) == repr(value)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        value.steps = 7
+
+
+@pytest.mark.parametrize("t0", [0.0, 1.0])
+def test_a_blow_up_on_a_grid_is_dated_by_the_end_of_its_step(t0: float) -> None:
+    """z' = 1e300 z under Euler leaves the finite numbers in its second step of 0.25, at t0 + 0.5."""
+    z = torch.ones(1, 1, dtype=torch.float64)
+    with pytest.raises(SolveError) as caught:
+        ODEBlock(lambda z: 1e300 * z, t0=t0, t1=t0 + 1.0, solver=Euler(steps=4))(z)
+    assert caught.value.t == (t0 + 0.5,)
+
+
+ORDERS = (Dopri5(), 5), (Tsit5(), 5), (Euler(2), 1), (Midpoint(2), 2), (Heun(2), 2), (RK4(2), 4)
+STRONG = (EulerMaruyama(2), 0.5), (Milstein(2), 1.0), (ReversibleHeun(2), 0.5)
+
+
+@pytest.mark.parametrize(("solver", "order"), ORDERS + STRONG, ids=name)
+def test_a_solver_states_its_order(solver: Any, order: float) -> None:
+    """The order in the literature, which the convergence tests fit."""
+    assert solver.order == order
+
+
+@pytest.mark.parametrize("method", ["euler", "srk"])
+def test_torchsde_s_steps_are_counted_and_none_is_rejected(method: str) -> None:
+    """A fixed grid of six steps: six accepted, none thrown away."""
+    solver = TorchSDE(method, steps=6)
+    block = SDEBlock(lambda z: -z, lambda z: 0.1 * z, solver=solver, noise="scalar")
+    stats = block.solve(torch.ones(2, 1)).stats
+    assert (stats.accepted, stats.rejected) == (6, 0)
