@@ -23,6 +23,7 @@ from odelayers import (
     ReversibleHeun,
     SDEBlock,
     SolveError,
+    Status,
     TorchDiffEq,
     TorchSDE,
     Tsit5,
@@ -67,3 +68,26 @@ def test_torchsde_s_steps_are_counted_and_none_is_rejected(method: str) -> None:
     block = SDEBlock(lambda z: -z, lambda z: 0.1 * z, solver=solver, noise="scalar")
     stats = block.solve(torch.ones(2, 1)).stats
     assert (stats.accepted, stats.rejected) == (6, 0)
+
+
+def test_a_failure_that_does_not_come_back_is_reported_with_its_row() -> None:
+    """A field that gives NaN in one evaluation only: the row and the end are named, and the note asks why."""
+    calls = 0
+
+    def fickle(z: torch.Tensor) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        return torch.where(torch.tensor([[calls != 3], [True]]), -z, torch.nan)
+
+    with pytest.raises(SolveError, match="does the field change between evaluations") as caught:
+        ODEBlock(fickle, t1=2.0, solver=Euler(steps=4))(torch.ones(2, 1))
+    assert (caught.value.rows, caught.value.t) == ((0,), (2.0,))
+
+
+def test_torchdiffeq_s_spent_budget_is_dated_where_it_stopped() -> None:
+    """bosh3 spends 20 steps on what Dopri5 solves within them: every row, at a time on the way."""
+    solver = TorchDiffEq("bosh3", rtol=1e-8, atol=1e-8, max_steps=20)
+    with pytest.raises(SolveError) as caught:
+        ODEBlock(lambda z: -z, solver=solver)(torch.ones(2, 1, dtype=torch.float64))
+    assert (caught.value.rows, caught.value.status) == ((0, 1), Status.MAX_STEPS)
+    assert 0.0 < caught.value.t[0] == caught.value.t[1] < 1.0
