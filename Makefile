@@ -12,7 +12,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 INSTALL := $(PIP) install --quiet --constraint constraints.txt
 
-.PHONY: study test slow coverage lint docs bench clean
+.PHONY: study test slow coverage lint docs bench mutants clean
 .DELETE_ON_ERROR:
 
 study: $(VENV)/.examples
@@ -40,6 +40,10 @@ bench: $(VENV)/.test
 	$(BIN)/python -u benchmarks/forward_backward.py
 	$(BIN)/python -u benchmarks/jacobians.py
 	$(BIN)/python -u benchmarks/memory.py
+
+# A seeded sample of mutants of the mathematics against the fast tests; resumes, writes benchmarks/results/mutants.*
+mutants: $(VENV)/.dev
+	$(BIN)/python -u tests/mutation_check.py $(ARGS)
 
 clean:
 	rm -rf $(VENV) build dist docs/_build .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
