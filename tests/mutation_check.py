@@ -1,7 +1,7 @@
 """Mutation check: change the library's mathematics in one place at a time and see whether the fast tests notice.
 
     python tests/mutation_check.py            # a seeded sample at the last commit, in copies; run again, it resumes
-    python tests/mutation_check.py --again    # only the survivors, with the tests committed since
+    python tests/mutation_check.py --again    # only survivors without a reason, with the tests committed since
 
 cosmic-ray's operators make the mutants. Lines are drawn with a seed and one mutant of each is tried, so that a line
 rich in numbers weighs no more than another. Operators that only break types (a shift of floats) would flatter the score
@@ -158,7 +158,7 @@ def main() -> None:
     parser.add_argument("--sample", type=int, default=220)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--again", action="store_true", help="try the survivors again")
+    parser.add_argument("--again", action="store_true", help="try again the survivors without a reason")
     parser.add_argument("--table", action="store_true", help="only write the table anew")
     options = parser.parse_args()
     git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, check=True, capture_output=True, text=True)
@@ -175,7 +175,7 @@ def main() -> None:
                 append(m)
         todo = [m for key, m in read().items() if key != "run"]
         if options.again and trees:
-            todo = [m for m in todo if m.get("verdict", "").startswith("survived")]
+            todo = [m for m in todo if m.get("verdict", "").startswith("survived") and not m.get("reason")]
             for m in todo:
                 append({"id": m["id"], "verdict": "survived its own tests"})
         workers = [fork.Process(target=work, args=(t, commit, todo[i :: len(trees)])) for i, t in enumerate(trees)]

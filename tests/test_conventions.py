@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from odelayers import jacobian, spectral_abscissa, spectrum
+from odelayers import LyaNetRegularizer, LyapunovRegularizer, jacobian, spectral_abscissa, spectrum
 from odelayers._jacobian import jvp, value_and_jacobian
 
 Z = torch.tensor([[0.3, -0.7, 1.1], [2.0, 0.1, -0.4]], dtype=torch.float64)
@@ -32,6 +33,15 @@ def test_the_time_is_zero_by_default(of: Callable[..., Tensor]) -> None:
     """A field that takes the time is differentiated at t = 0 when none is given, and elsewhere it is another."""
     torch.testing.assert_close(of(timed, Z), of(timed, Z, 0.0))
     assert not torch.allclose(of(timed, Z), of(timed, Z, 1.0))
+
+
+def test_the_time_of_a_regulariser_is_zero_by_default() -> None:
+    """As for the Jacobian: the penalty without a time is that at t = 0, and at t = 1 it is another."""
+    y, lyapunov, lyanet = torch.tensor([0, 2]), LyapunovRegularizer(), LyaNetRegularizer(kappa=2.0)
+    for penalty in (partial(lyapunov, timed, Z), lambda **t: lyapunov.terms(timed, Z, **t).diagonal):
+        assert penalty() == penalty(t=0.0) != penalty(t=1.0)
+    penalty = partial(lyanet, timed, Z, y, lambda z: z)
+    assert penalty() == penalty(t=0.0) != penalty(t=1.0)
 
 
 @pytest.mark.parametrize("of", [jacobian, value_and_jacobian])

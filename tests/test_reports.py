@@ -59,6 +59,7 @@ STRONG = (EulerMaruyama(2), 0.5), (Milstein(2), 1.0), (ReversibleHeun(2), 0.5)
 def test_a_solver_states_its_order(solver: Any, order: float) -> None:
     """The order in the literature, which the convergence tests fit."""
     assert solver.order == order
+    assert not hasattr(solver, "tableau") or solver.tableau.order == order
 
 
 @pytest.mark.parametrize("method", ["euler", "srk"])
