@@ -260,3 +260,17 @@ def test_ornstein_uhlenbeck_has_its_mean_and_variance(solver: str, calculus: str
     bias = 2 / 60  # of a first-order method, relative
     assert abs(end.mean().item() - mean) < 5 * (variance / rows) ** 0.5 + 2 * bias * mean
     assert abs(end.var().item() - variance) < (5 * (2 / rows) ** 0.5 + 2 * bias) * variance
+
+
+@pytest.mark.parametrize("problem", ORACLES, ids=label)
+@pytest.mark.parametrize("solver", [s for s in SOLVERS if "torchdiffeq" not in s and "scipy" not in s])
+def test_permuting_splitting_or_padding_the_batch_moves_no_sample(solver: str, problem: Problem) -> None:
+    """On a fixed grid a sample's state stays to rounding, under step control within its accuracy (own solvers)."""
+    make, bar = SOLVERS[solver]
+    block, z = ODEBlock(problem.f, solver=make(1e-8)), problem.z0
+    order = torch.arange(len(z)).flip(0)
+    whole = block(z)
+    found = [block(z[order])[order], torch.cat([block(z[:1]), block(z[1:])]), block(torch.cat([z, z, z[:1]]))[: len(z)]]
+    for states in found:
+        assert (states - whole).abs().max() < (1e-13 if solver in ("Euler", "Midpoint", "Heun", "RK4") else 1e-7)
+        assert (states - problem.solution(1.0)).abs().max() < bar
