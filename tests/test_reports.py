@@ -92,3 +92,9 @@ def test_torchdiffeq_s_spent_budget_is_dated_where_it_stopped() -> None:
         ODEBlock(lambda z: -z, solver=solver)(torch.ones(2, 1, dtype=torch.float64))
     assert (caught.value.rows, caught.value.status) == ((0, 1), Status.MAX_STEPS)
     assert 0.0 < caught.value.t[0] == caught.value.t[1] < 1.0
+
+
+def test_the_default_tolerances_and_budget_are_those_documented() -> None:
+    """The adaptive solvers, torchdiffeq's among them, start from the same numbers."""
+    for solver in (Dopri5(), Tsit5(), TorchDiffEq("dopri5")):
+        assert (solver.rtol, solver.atol, solver.max_steps) == (1e-5, 1e-5, 10_000)
