@@ -29,7 +29,7 @@ OWN = {  # the tests that know a module best come first
     "stability.py": "stability theorems",
     "regularizers.py": "regularizers running",
 }
-NEXT = "reports first_step running transforms times jacobian blocks construction fault_table isolate".split()
+NEXT = "reports tableau conventions first_step running theory_linear transforms determinism times".split()
 NOT_FAST = ("docs", "house", "memory", "examples_")  # text and style, memory, and the study: no test of these modules
 PAIRS = "Add_Sub Sub_Add Mul_Div Div_Mul Pow_Mul FloorDiv_Mul Mod_Mul BitAnd_BitOr BitOr_BitAnd Is_IsNot IsNot_Is"
 COMPARISONS = ("Eq", "NotEq", "Lt", "LtE", "Gt", "GtE")
