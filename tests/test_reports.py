@@ -24,6 +24,7 @@ from odelayers import (
     SDEBlock,
     SolveError,
     Status,
+    StratonovichHeun,
     TorchDiffEq,
     TorchSDE,
     Tsit5,
@@ -52,7 +53,7 @@ def test_a_blow_up_on_a_grid_is_dated_by_the_end_of_its_step(t0: float) -> None:
 
 
 ORDERS = (Dopri5(), 5), (Tsit5(), 5), (Euler(2), 1), (Midpoint(2), 2), (Heun(2), 2), (RK4(2), 4)
-STRONG = (EulerMaruyama(2), 0.5), (Milstein(2), 1.0), (ReversibleHeun(2), 0.5)
+STRONG = (EulerMaruyama(2), 0.5), (Milstein(2), 1.0), (ReversibleHeun(2), 0.5), (StratonovichHeun(2), 0.5)
 
 
 @pytest.mark.parametrize(("solver", "order"), ORDERS + STRONG, ids=name)
