@@ -124,8 +124,6 @@ class _Solve:
     ) -> list[Tensor | None]:
         """Pull the arriving gradients back to the leaves, and add what the wanted tensors get to `total`."""
         used = [(v, g) for v, g in zip(values, arriving, strict=True) if g is not None and v.requires_grad]
-        if not used:
-            return [None] * len(leaves)
         roots, grads = zip(*used, strict=True)
         found = torch.autograd.grad(roots, [*leaves, *self.wanted], grads, allow_unused=True)
         for i, g in enumerate(found[len(leaves) :]):
