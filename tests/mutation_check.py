@@ -145,9 +145,7 @@ def table(known: dict[str, dict[str, Any]]) -> str:
     text[-1] += f"{len(tried)} of {drawn} mutants drawn were tried, {len(killed)} killed "
     text[-1] += f"({100 * len(killed) / max(1, len(tried)):.1f} %), {late} of them by the time limit (a hang)."
     same = sum(m["verdict"] != "killed" and m.get("reason", "").startswith("equivalent") for m in tried)
-    text[-1] += (
-        f" {same} are equivalent: {100 * len(killed) / max(1, len(tried) - same):.1f} % of the others."
-    )
+    text[-1] += f" {same} are equivalent: {100 * len(killed) / max(1, len(tried) - same):.1f} % of the others."
     text += ["", "| Survivor | Change | Reason |", "|---|---|---|"]
     for m in sorted((m for m in tried if m["verdict"] != "killed"), key=lambda m: str(m["id"])):
         lines = [line for line in m["diff"] if line[1:].strip()]

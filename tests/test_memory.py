@@ -57,7 +57,10 @@ CASES = [("ode", Backprop()), ("ode", Checkpoint()), ("ode", Adjoint()), ("sde",
 
 @pytest.mark.parametrize("kind, gradient", CASES, ids=lambda v: v if isinstance(v, str) else name(v))
 def test_a_thousand_training_steps_hold_flat(kind: str, gradient: Any) -> None:
-    """After a warm-up no tensor stays behind, and the resident set grows by less than 4 MiB."""
+    """After a warm-up no tensor stays behind, and the resident set grows by less than 1 MiB in a thousand steps.
+
+    A leak grows in every thousand; the allocator's own growth, up to 4 MiB where other tests ran before, does not.
+    """
     f = MLP(16, (64,))
     block: Any = (
         ODEBlock(f, gradient=gradient)
@@ -65,10 +68,13 @@ def test_a_thousand_training_steps_hold_flat(kind: str, gradient: Any) -> None:
         else DropoutSDEBlock(f, 0.1, solver=EulerMaruyama(10), gradient=gradient)
     )
     train(block, 100)
-    before, alive = resident(), tensors()
-    train(block, 1000)
+    alive, grown = tensors(), []
+    while len(grown) < 3 and min(grown, default=MIB) >= MIB:
+        before = resident()
+        train(block, 1000)
+        grown.append(resident() - before)
     assert tensors() <= alive
-    assert resident() - before < 4 * MIB
+    assert min(grown) < MIB
 
 
 def test_a_leak_would_be_seen() -> None:
