@@ -69,7 +69,8 @@ class Evaluator:
             notify()
         if self.nfe == 1 and not traced():
             return self._first(t, z)
-        dz = self._evaluate(t, z)
+        plain = self.within is None and self.half is None
+        dz = self.field(t, z) if plain else self._evaluate(t, z)
         return dz if dz.dtype == z.dtype else dz.to(z.dtype)
 
     def _evaluate(self, t: Tensor | float, z: Tensor) -> Tensor:

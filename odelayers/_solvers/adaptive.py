@@ -53,7 +53,7 @@ class AdaptiveRungeKutta(MarchingSolver):
             positive_number(self.first_step, f"{name}: first_step")
 
     def start(self, f: Evaluator, t0: float, z0: Tensor, driver: Driver) -> State:
-        return z0, driver.terms(f, t0, z0)[0].reshape(-1)
+        return z0, driver.terms(f, t0, z0)[0]
 
     def march(self, f: Evaluator, z0: Tensor, ts: Sequence[float], driver: Driver, norm: Norm) -> Iterator[Taken]:
         if vmapped(z0):
@@ -68,13 +68,16 @@ class AdaptiveRungeKutta(MarchingSolver):
         h = self._first_step(f, before, t, t1, driver, norm, rtol, atol)
         position, rejected, tried = 1, 0, 0
         shortest = 4 * torch.finfo(torch.float64).eps * abs(t1 - t)
-        stages = stages_like(z0, len(self.tableau.c))
+        stages = stages_like(self.tableau, z0)
+        size = before[0].detach().abs()
         while (t1 - t) * way > 0:
             # A last step that would leave a sliver is stretched or clipped to end exactly at t1.
             h = (t1 - t) * way if h * 1.01 >= (t1 - t) * way else h
             attempt = self._attempt(f, t, h * way, before, driver, stages)
             with torch.no_grad():
-                errors = norm(self._scaled_error(attempt, before[0], h, rtol, atol))
+                reached_size = attempt.z.abs()
+                scale = torch.maximum(size, reached_size).add_(atol / rtol)
+                errors = norm(stages.error(h / rtol).div_(scale))  # both divided by rtol, which saves an operation
                 worst = errors.amax().item()  # the step's one host read
             tried += 1
             if worst <= 1.0:
@@ -84,8 +87,8 @@ class AdaptiveRungeKutta(MarchingSolver):
                     reached += 1
                 step = Step(tried, t, h * way, tuple((s - t) / (end - t) for s in ts[position:reached]))
                 after = self._after(attempt)
-                yield Taken(step, before, after, self._outputs(attempt, step, before[0]), rejected)
-                t, before, position, rejected = end, after, reached, 0
+                yield Taken(step, before, after, self._outputs(attempt, step), rejected)
+                t, before, size, position, rejected = end, after, reached_size, reached, 0
                 h *= min(GROW, SAFETY * worst ** (-1 / self.tableau.order)) if worst > 0 else GROW
             else:
                 h *= max(SHRINK, SAFETY * worst ** (-1 / self.tableau.order)) if math.isfinite(worst) else SHRINK
@@ -95,9 +98,9 @@ class AdaptiveRungeKutta(MarchingSolver):
                     raise self._failure(f, before, attempt, errors, t, h * way, tried, driver)
 
     def again(self, f: Evaluator, step: Step, before: State, driver: Driver) -> tuple[State, list[Tensor]]:
-        stages = stages_like(before[0], len(self.tableau.c))
+        stages = stages_like(self.tableau, before[0])
         attempt = self._attempt(f, step.t, step.h, before, driver, stages)
-        return self._after(attempt), self._outputs(attempt, step, before[0])
+        return self._after(attempt), self._outputs(attempt, step)
 
     def tolerances(self, f: Evaluator, z: Tensor) -> tuple[float, float]:
         """Both tolerances, not below the rounding of the dtype that the field is evaluated in."""
@@ -106,34 +109,21 @@ class AdaptiveRungeKutta(MarchingSolver):
         return max(self.rtol, floor), max(self.atol, floor if precision != z.dtype else 0.0)
 
     def _attempt(self, f: Evaluator, t: float, h: float, before: State, driver: Driver, stages: Stages) -> Try:
-        z, k = before
-        flat, at, shape = z.reshape(-1), z, z.shape
+        at, k = before
+        stages.begin(at)
         stages.put(0, k)
-        last = z
-        for i, row in enumerate(self.tableau.a, start=1):
-            last, at = at, stages.combine(flat, row, h).view(shape)
-            stages.put(i, driver.terms(f, t + self.tableau.c[i] * h, at)[0].reshape(-1))
+        for i, c in enumerate(self.tableau.c[1:], start=1):
+            last, at = at, stages.advance(i, h)
+            stages.put(i, driver.terms(f, t + c * h, at)[0])
         return Try(at, stages, last)
 
     def _after(self, attempt: Try) -> State:
         return attempt.z, attempt.stages.keep(len(self.tableau.a))
 
-    def _outputs(self, attempt: Try, step: Step, z: Tensor) -> list[Tensor]:
+    def _outputs(self, attempt: Try, step: Step) -> list[Tensor]:
         """The states at the step's outputs, from its end or its continuous extension."""
-        flat, found = z.reshape(-1), []
-        for theta in step.outputs:
-            if theta == 1.0:
-                found.append(attempt.z)
-            else:
-                weights = self.tableau.dense_weights(theta)
-                found.append(attempt.stages.combine(flat, weights, step.h).view(z.shape))
-        return found
-
-    def _scaled_error(self, attempt: Try, z: Tensor, h: float, rtol: float, atol: float) -> Tensor:
-        """The embedded error over atol + rtol max(|z|, |z'|), divided by rtol throughout to save an operation."""
-        zero = z.new_zeros(()).expand(z.numel())
-        error = attempt.stages.combine(zero, self.tableau.error, h / rtol).view(z.shape)
-        return error.div_(torch.maximum(z.abs(), attempt.z.abs()).add_(atol / rtol))
+        weights = self.tableau.dense_weights
+        return [attempt.z if theta == 1.0 else attempt.stages.combine(weights(theta), step.h) for theta in step.outputs]
 
     @torch.no_grad()
     def _first_step(
@@ -148,7 +138,7 @@ class AdaptiveRungeKutta(MarchingSolver):
         atol: float,
     ) -> float:
         """The given first step, or Hairer's choice for the row that needs the shortest (Solving ODEs I, II.4)."""
-        z, k = before[0], before[1].view(before[0].shape)
+        z, k = before
         scale = z.abs().mul_(rtol).add_(atol)
         size, speed = norm(z / scale), norm(k / scale)
         h0 = torch.where((size < 1e-5) | (speed < 1e-5), 1e-6, 0.01 * size / speed)
@@ -178,7 +168,7 @@ class AdaptiveRungeKutta(MarchingSolver):
         note = f"after {tried} steps tried, the last of length {abs(h):.3g}"
         if bad.any():
             return fail(self, f, rows, t, driver, Status.BLOW_UP, note)
-        z, k = before[0][rows], before[1].view(before[0].shape)[rows]
+        z, k = before[0][rows], before[1][rows]
         if (z * k).sum() * h > 0 and z.norm() < 1e-6 * max(abs(t), 1e-6) * k.norm():
             return fail(self, f, rows, t, driver, Status.BLOW_UP, note)
         if self._stiff(attempt, h, rows):
@@ -188,8 +178,7 @@ class AdaptiveRungeKutta(MarchingSolver):
 
     def _stiff(self, attempt: Try, h: float, rows: Tensor) -> bool:
         """Whether |h lambda| is at the stability boundary, lambda from two stages at one time (Hairer, Wanner IV.2)."""
-        shape = attempt.z.shape
-        change = (attempt.stages.get(-1) - attempt.stages.get(-2)).view(shape)[rows].norm()
+        change = (attempt.stages.get(-1) - attempt.stages.get(-2))[rows].norm()
         distance = (attempt.z - attempt.last)[rows].norm()
         return bool(distance > 0) and (abs(h) * change / distance).item() > STABILITY_LIMIT
 

@@ -16,7 +16,7 @@ from odelayers._driver import Driver
 from odelayers._evaluator import Evaluator, traced
 from odelayers._solution import Status
 from odelayers._solvers.base import MarchingSolver, Norm, State, Step, Taken, fail, nonfinite_rows, row_rms
-from odelayers._solvers.stages import Recorded
+from odelayers._solvers.stages import stages_like
 from odelayers._solvers.tableau import EULER, HEUN, MIDPOINT, RK4 as RK4_TABLEAU, Tableau
 
 __all__ = ["RK4", "Euler", "FixedGrid", "Heun", "Midpoint"]
@@ -99,13 +99,12 @@ class FixedRungeKutta(FixedGrid):
     tableau: ClassVar[Tableau]
 
     def step(self, f: Evaluator, s: Step, before: State, driver: Driver) -> State:
-        z = before[0]
-        flat, stages = z.reshape(-1), Recorded()
-        at = z
-        for i, row in enumerate((*self.tableau.a, self.tableau.b)):
-            stages.put(i, driver.terms(f, s.t + self.tableau.c[i] * s.h, at)[0].reshape(-1))
-            at = stages.combine(flat, row, s.h).view(z.shape)
-        return (at,)
+        z, stages = before[0], stages_like(self.tableau, before[0])
+        stages.begin(z)
+        for i, c in enumerate(self.tableau.c):
+            stages.put(i, driver.terms(f, s.t + c * s.h, z)[0])
+            z = stages.advance(i + 1, s.h)
+        return (z,)
 
 
 @dataclass(frozen=True)

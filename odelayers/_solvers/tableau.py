@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 __all__ = ["DOPRI5", "EULER", "HEUN", "MIDPOINT", "RK4", "TSIT5", "Tableau"]
 
@@ -29,6 +30,16 @@ class Tableau:
     order: int
     error: Row = ()
     dense: tuple[Row, ...] = ()
+
+    @cached_property
+    def rows(self) -> tuple[Row, ...]:
+        """The weights of each state of a step after the first; the last one is its result."""
+        return self.a if self.error else (*self.a, self.b)
+
+    @cached_property
+    def columns(self) -> tuple[Row, ...]:
+        """For each stage, its weights in the states after it."""
+        return tuple(tuple(row[i] for row in self.rows[i:]) for i in range(len(self.rows)))
 
     def dense_weights(self, theta: float) -> Row:
         """The weights of the stages for the solution at the fraction theta of the step."""
