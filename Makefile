@@ -1,5 +1,5 @@
 # make study   the main job in a fresh environment: PRESET=smoke|quick|full (quick is the default)
-# make test    the test suite;  make slow  the slow tests;  make coverage  fails under 97 % of the branches
+# make test    the test suite;  make compiled, make slow  those left out;  make coverage  fails under 97 % of the branches
 # make lint, docs, bench, clean
 # On Linux without an NVIDIA GPU, TORCH_INDEX=https://download.pytorch.org/whl/cpu saves gigabytes of CUDA packages.
 PYTHON ?= python3
@@ -12,20 +12,23 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 INSTALL := $(PIP) install --quiet --constraint constraints.txt
 
-.PHONY: study test slow coverage lint docs bench mutants clean
+.PHONY: study test compiled slow coverage lint docs bench mutants clean
 .DELETE_ON_ERROR:
 
 study: $(VENV)/.examples
 	$(BIN)/python -u examples/sodef_mnist.py --preset $(PRESET) $(ARGS)
 
 test: $(VENV)/.test
-	$(BIN)/python -m pytest -n 2 -m "not slow" $(ARGS)
+	$(BIN)/python -m pytest -n 2 -m "not slow and not compiled" $(ARGS)
+
+compiled: $(VENV)/.test
+	$(BIN)/python -m pytest -n 2 -m compiled --timeout 900 $(ARGS)
 
 slow: $(VENV)/.test
-	$(BIN)/python -m pytest -n 2 -m slow --timeout 600 $(ARGS)
+	$(BIN)/python -m pytest -n 2 -m "slow and not compiled" --timeout 600 $(ARGS)
 
 coverage: $(VENV)/.dev
-	$(BIN)/python -m pytest -n 2 -m "not slow" --cov --cov-report=term $(ARGS)
+	$(BIN)/python -m pytest -n 2 -m "not slow" --timeout 900 --cov --cov-report=term $(ARGS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

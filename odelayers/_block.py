@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from odelayers import _checks
 from odelayers._driver import Driver, Uniform
 from odelayers._field import Field, takes_time
-from odelayers._gradients import Gradient
+from odelayers._gradients import Backprop, Gradient
 from odelayers._running import RunningField, RunningRegularizer
 from odelayers._solution import Solution, Stats
 from odelayers._solve import Problem, check_layers, check_pair, solve
-from odelayers._solvers import Dopri5, Solver, Tsit5
+from odelayers._solvers import AdaptiveRungeKutta, Dopri5, FixedRungeKutta, Programs, Solver, Tsit5
 from odelayers._times import Times, end_times, output_times
 
 __all__ = ["Block", "resolve_solver"]
@@ -52,6 +52,7 @@ class Block(nn.Module):
         gradient: Gradient,
         time: bool | None,
         on_failure: str,
+        compile: bool = False,
     ) -> None:
         super().__init__()
         self._where = type(self).__name__
@@ -66,13 +67,26 @@ class Block(nn.Module):
         self.f, self.t1, self.solver, self.gradient = f, t1, solver, gradient
         self.on_failure = _checks.one_of(on_failure, f"{self._where}: on_failure", ON_FAILURE)
         self._counters: list[Callable[[], None]] = []
+        self._programs = self._compiled(compile) if compile else None
+
+    def _compiled(self, compile: bool) -> Programs:
+        """The block's programs, where its solver and gradient have any."""
+        if compile is not True:
+            raise TypeError(f"{self._where}: compile: expected True or False, got {compile!r}")
+        if not (isinstance(self.solver, FixedRungeKutta | AdaptiveRungeKutta) and isinstance(self.gradient, Backprop)):
+            raise ValueError(
+                f"{self._where}: compile=True compiles the own explicit Runge-Kutta methods (Dopri5, Tsit5, Euler, "
+                f"Midpoint, Heun, RK4) with gradient=Backprop(), got {self.solver!r} with {self.gradient!r}"
+            )
+        return Programs()
 
     _accumulates: ClassVar[bool] = True  # whether running regularisers may be handed to the solve
 
     def extra_repr(self) -> str:
         """The record of the block in its repr."""
         f = "" if isinstance(self.f, nn.Module) else f"f={getattr(self.f, '__name__', self.f)!s}, "
-        return f"{f}t0={self.t0}, t1={self.t1}, solver={self.solver}, gradient={self.gradient}"
+        said = f"{f}t0={self.t0}, t1={self.t1}, solver={self.solver}, gradient={self.gradient}"
+        return said if self._programs is None else f"{said}, compile=True"
 
     def forward(self, z: Tensor, t1: float | Tensor | None = None, *, context: Any = None) -> Tensor:
         """The state at the end time.
@@ -144,7 +158,7 @@ class Block(nn.Module):
         if running:
             field = RunningField.around(field, running, z0, generator)
             start = field.enter(z0)
-        problem = Problem(field, start, times.solver, driver, half, tuple(self._counters))
+        problem = Problem(field, start, times.solver, driver, half, tuple(self._counters), self._programs)
         zs, stats = solve(problem, self.solver, self.gradient, isolate)
         totals: tuple[Tensor, ...] = ()
         if isinstance(field, RunningField):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,15 +42,23 @@ class Evaluator:
     The state is kept in float32 where the user's is half precision; the field then runs under autocast in that dtype.
     """
 
-    def __init__(self, field: Field, batch: int, half: torch.dtype | None = None, on_call: tuple[OnCall, ...] = ()):
+    def __init__(
+        self,
+        field: Field,
+        batch: int,
+        half: torch.dtype | None = None,
+        on_call: tuple[OnCall, ...] = (),
+        programs: Any = None,
+    ) -> None:
         self.field, self.batch, self.half, self.on_call = field, batch, half, on_call
+        self.programs = programs  # the solver's compiled programs of the field, None for an eager solve
         self.nfe = 0
         self.inspect: Callable[[Tensor, Tensor], None] | None = None  # sees the first value and its state
         self.within: Callable[[], AbstractContextManager[None]] | None = None  # every evaluation runs inside it
 
     def over(self, field: Field) -> Evaluator:
         """A fresh evaluator of another field under the same conditions."""
-        return Evaluator(field, self.batch, self.half, self.on_call)
+        return Evaluator(field, self.batch, self.half, self.on_call, self.programs)
 
     def precision(self, z: Tensor) -> torch.dtype:
         """The dtype that the field is evaluated in: the user's half precision, autocast's, or the state's."""
@@ -60,7 +69,13 @@ class Evaluator:
 
     def take(self, rows: Tensor) -> Evaluator:
         """A fresh evaluator for these rows of the batch alone."""
-        return Evaluator(self.field.take(rows, self.batch), len(rows), self.half, self.on_call)
+        return Evaluator(self.field.take(rows, self.batch), len(rows), self.half, self.on_call, self.programs)
+
+    def count(self, evaluations: int) -> None:
+        """Count evaluations of the field that a compiled program has made."""
+        self.nfe += evaluations
+        for notify in self.on_call * evaluations:
+            notify()
 
     def __call__(self, t: Tensor | float, z: Tensor) -> Tensor:
         """dz/dt at time t and state z, in z's dtype and shape."""

@@ -13,7 +13,7 @@ from odelayers._evaluator import Evaluator, OnCall
 from odelayers._field import Field, training_batchnorm, training_dropout
 from odelayers._gradients import Adjoint, Backprop, Checkpoint, Gradient
 from odelayers._solution import SolveError, Stats, Status
-from odelayers._solvers import Solver
+from odelayers._solvers import Programs, Solver
 from odelayers._solvers.base import fail, nonfinite_rows
 
 __all__ = ["Problem", "check_pair", "solve"]
@@ -29,6 +29,7 @@ class Problem:
     driver: Driver
     half: torch.dtype | None = None
     on_call: tuple[OnCall, ...] = ()
+    programs: Programs | None = None
 
     def take(self, rows: Tensor) -> Problem:
         """The same problem for these rows of the batch alone."""
@@ -77,7 +78,7 @@ def solve(problem: Problem, solver: Solver, gradient: Gradient, isolate: bool) -
     rows = torch.arange(batch, device=device)
     part, nfe = problem, 0
     while True:
-        f = Evaluator(part.field, len(rows), part.half, part.on_call)
+        f = Evaluator(part.field, len(rows), part.half, part.on_call, part.programs)
         try:
             path = gradient.solve(solver, f, part.z0, part.ts, part.driver)
             _check_range(path.zs, part, solver, f)

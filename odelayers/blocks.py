@@ -38,6 +38,10 @@ class ODEBlock(Block):
         gradient: `Backprop()`, `Checkpoint()` or `Adjoint()`.
         time: whether f takes the time, where its signature leaves that open.
         on_failure: "raise", or "isolate" to solve the healthy rows without the failed ones.
+        compile: whether torch.compile makes programs of the solve at its first calls, which takes half a minute: a
+            fixed grid becomes one scan, an adaptive solve one loop in inference and a step with its own backward pass
+            in training. For small fields and the explicit Runge-Kutta methods with `Backprop()`; second derivatives
+            are refused by torch. Where torch.compile fails a warning says so, and the block is solved eagerly.
 
     Raises:
         TypeError, ValueError: on a field, time, solver, gradient or pair of them that does not fit.
@@ -62,6 +66,7 @@ class ODEBlock(Block):
         gradient: Gradient = Backprop(),  # noqa: B008  (frozen)
         time: bool | None = None,
         on_failure: str = "raise",
+        compile: bool = False,
     ) -> None:
         where = type(self).__name__
         solver = resolve_solver(solver, where)
@@ -70,7 +75,9 @@ class ODEBlock(Block):
                 f"{where}: {solver!r} is a solver for SDEs; for an ODE use Dopri5(), Tsit5(), Euler, Midpoint, Heun "
                 f"or RK4(steps), or TorchDiffEq(method)"
             )
-        super().__init__(f, t0=t0, t1=t1, solver=solver, gradient=gradient, time=time, on_failure=on_failure)
+        super().__init__(
+            f, t0=t0, t1=t1, solver=solver, gradient=gradient, time=time, on_failure=on_failure, compile=compile
+        )
 
 
 class AugmentedODEBlock(ODEBlock):

@@ -14,8 +14,9 @@ from odelayers._checks import positive_int, positive_number
 from odelayers._driver import Driver
 from odelayers._evaluator import Evaluator, vmapped
 from odelayers._solution import SolveError, Status
-from odelayers._solvers.base import MarchingSolver, Norm, State, Step, Taken, fail, nonfinite_rows
-from odelayers._solvers.stages import Stages, stages_like
+from odelayers._solvers.base import MarchingSolver, Norm, Path, State, Step, Taken, fail, nonfinite_rows, row_rms
+from odelayers._solvers.compiled import Control, solved_loop, step_stages
+from odelayers._solvers.stages import Compiled, Stages, stages_like
 from odelayers._solvers.tableau import DOPRI5, TSIT5, Tableau
 
 __all__ = ["Dopri5", "Tsit5"]
@@ -26,11 +27,11 @@ STABILITY_LIMIT = 2.5
 
 
 class Try(NamedTuple):
-    """One attempted step: the result, the stages and the state at which the last but one was evaluated."""
+    """One attempted step: its result, its stages and its length."""
 
     z: Tensor
     stages: Stages
-    last: Tensor
+    h: float
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,9 @@ class AdaptiveRungeKutta(MarchingSolver):
             with torch.no_grad():
                 reached_size = attempt.z.abs()
                 scale = torch.maximum(size, reached_size).add_(atol / rtol)
-                errors = norm(stages.error(h / rtol).div_(scale))  # both divided by rtol, which saves an operation
+                errors = norm(
+                    attempt.stages.error(h / rtol).div_(scale)
+                )  # both divided by rtol, which saves an operation
                 worst = errors.amax().item()  # the step's one host read
             tried += 1
             if worst <= 1.0:
@@ -97,6 +100,18 @@ class AdaptiveRungeKutta(MarchingSolver):
                 if (t1 - t) * way > 0:
                     raise self._failure(f, before, attempt, errors, t, h * way, tried, driver)
 
+    def integrate(self, f: Evaluator, z0: Tensor, ts: Sequence[float], driver: Driver, norm: Norm = row_rms) -> Path:
+        if f.programs is not None and not torch.is_grad_enabled() and len(ts) == 2:
+            rtol, atol = self.tolerances(f, z0)
+            before = self.start(f, ts[0], z0, driver)
+            h = self._first_step(f, before, ts[0], ts[1], driver, norm, rtol, atol)
+            control = Control(rtol, atol, self.max_steps, SAFETY, SHRINK, GROW)
+            found = solved_loop(f, self.tableau, driver.clock, before, (ts[0], ts[1], h), control)
+            if found is not None:
+                z, accepted, tried = found
+                return Path(torch.stack([z0, z]), accepted, tried - accepted)
+        return super().integrate(f, z0, ts, driver, norm)  # step by step; where a solve fails, this says how
+
     def again(self, f: Evaluator, step: Step, before: State, driver: Driver) -> tuple[State, list[Tensor]]:
         stages = stages_like(self.tableau, before[0])
         attempt = self._attempt(f, step.t, step.h, before, driver, stages)
@@ -110,12 +125,14 @@ class AdaptiveRungeKutta(MarchingSolver):
 
     def _attempt(self, f: Evaluator, t: float, h: float, before: State, driver: Driver, stages: Stages) -> Try:
         at, k = before
+        if f.programs is not None and (found := step_stages(f, self.tableau, driver.clock, at, k, t, h)) is not None:
+            return Try(found[0], Compiled(self.tableau, at, *found[1:]), h)
         stages.begin(at)
         stages.put(0, k)
         for i, c in enumerate(self.tableau.c[1:], start=1):
-            last, at = at, stages.advance(i, h)
+            at = stages.advance(i, h)
             stages.put(i, driver.terms(f, t + c * h, at)[0])
-        return Try(at, stages, last)
+        return Try(at, stages, h)
 
     def _after(self, attempt: Try) -> State:
         return attempt.z, attempt.stages.keep(len(self.tableau.a))
@@ -171,16 +188,17 @@ class AdaptiveRungeKutta(MarchingSolver):
         z, k = before[0][rows], before[1][rows]
         if (z * k).sum() * h > 0 and z.norm() < 1e-6 * max(abs(t), 1e-6) * k.norm():
             return fail(self, f, rows, t, driver, Status.BLOW_UP, note)
-        if self._stiff(attempt, h, rows):
+        if self._stiff(attempt, rows):
             return fail(self, f, rows, t, driver, Status.STIFF, note)
         status = Status.MAX_STEPS if tried >= self.max_steps else Status.STEP_UNDERFLOW
         return fail(self, f, rows, t, driver, status, note)
 
-    def _stiff(self, attempt: Try, h: float, rows: Tensor) -> bool:
+    def _stiff(self, attempt: Try, rows: Tensor) -> bool:
         """Whether |h lambda| is at the stability boundary, lambda from two stages at one time (Hairer, Wanner IV.2)."""
-        change = (attempt.stages.get(-1) - attempt.stages.get(-2))[rows].norm()
-        distance = (attempt.z - attempt.last)[rows].norm()
-        return bool(distance > 0) and (abs(h) * change / distance).item() > STABILITY_LIMIT
+        stages, last = attempt.stages, len(self.tableau.c) - 1
+        change = (stages.get(last) - stages.get(last - 1))[rows].norm()
+        distance = (attempt.z - stages.advance(last - 1, attempt.h))[rows].norm()
+        return bool(distance > 0) and (abs(attempt.h) * change / distance).item() > STABILITY_LIMIT
 
 
 @dataclass(frozen=True)

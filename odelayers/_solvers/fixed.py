@@ -15,7 +15,8 @@ from odelayers._checks import positive_int
 from odelayers._driver import Driver
 from odelayers._evaluator import Evaluator, traced
 from odelayers._solution import Status
-from odelayers._solvers.base import MarchingSolver, Norm, State, Step, Taken, fail, nonfinite_rows, row_rms
+from odelayers._solvers.base import MarchingSolver, Norm, Path, State, Step, Taken, fail, nonfinite_rows, row_rms
+from odelayers._solvers.compiled import grid_states
 from odelayers._solvers.stages import stages_like
 from odelayers._solvers.tableau import EULER, HEUN, MIDPOINT, RK4 as RK4_TABLEAU, Tableau
 
@@ -97,6 +98,18 @@ class FixedRungeKutta(FixedGrid):
     """An explicit Runge-Kutta method on a fixed grid."""
 
     tableau: ClassVar[Tableau]
+
+    def integrate(self, f: Evaluator, z0: Tensor, ts: Sequence[float], driver: Driver, norm: Norm = row_rms) -> Path:
+        first, *rest = self.grid(ts)
+        if f.programs is None or not rest:
+            return super().integrate(f, z0, ts, driver, norm)
+        (z,) = self.step(f, first, (z0,), driver)  # eagerly: the field is checked at its first evaluation
+        states = grid_states(f, self.tableau, driver.clock, z, rest)
+        if states is None or not bool(states[-1].isfinite().all()):
+            return super().integrate(f, z0, ts, driver, norm)
+        after = [z, *states.unbind(0)]
+        outputs = [state for step, state in zip((first, *rest), after, strict=True) if step.outputs]
+        return Path(torch.stack([z0, *outputs]), len(after), 0)
 
     def step(self, f: Evaluator, s: Step, before: State, driver: Driver) -> State:
         z, stages = before[0], stages_like(self.tableau, before[0])

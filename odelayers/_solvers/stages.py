@@ -93,6 +93,17 @@ class Recorded(Stages):
         return _combined(zero, self._stages, self.tableau.error, h).view(self._y.shape)
 
 
+class Compiled(Recorded):
+    """The stages of a step that a compiled program has taken, and the embedded error over h that it found."""
+
+    def __init__(self, tableau: Tableau, y: Tensor, stages: list[Tensor], error: Tensor) -> None:
+        super().__init__(tableau, y)
+        self._y, self._stages, self._error = y, stages, error
+
+    def error(self, h: float) -> Tensor:
+        return self._error * h
+
+
 class Buffered(Stages):
     """Stages in one buffer, written again at every step: for solves that record nothing."""
 

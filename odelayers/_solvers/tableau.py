@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
 
 __all__ = ["DOPRI5", "EULER", "HEUN", "MIDPOINT", "RK4", "TSIT5", "Tableau"]
 
@@ -22,6 +21,8 @@ class Tableau:
         error: `b` less the embedded method's weights; empty for a method without one.
         dense: for each stage the coefficients of theta, theta^2, ... of the continuous extension; empty without one.
         order: the order of the step.
+        rows: the weights of each state of a step after the first; the last one is its result.
+        columns: for each stage, its weights in the states after it.
     """
 
     c: Row
@@ -30,16 +31,14 @@ class Tableau:
     order: int
     error: Row = ()
     dense: tuple[Row, ...] = ()
+    rows: tuple[Row, ...] = field(init=False, repr=False, compare=False)
+    columns: tuple[Row, ...] = field(init=False, repr=False, compare=False)
 
-    @cached_property
-    def rows(self) -> tuple[Row, ...]:
-        """The weights of each state of a step after the first; the last one is its result."""
-        return self.a if self.error else (*self.a, self.b)
-
-    @cached_property
-    def columns(self) -> tuple[Row, ...]:
-        """For each stage, its weights in the states after it."""
-        return tuple(tuple(row[i] for row in self.rows[i:]) for i in range(len(self.rows)))
+    def __post_init__(self) -> None:
+        rows = self.a if self.error else (*self.a, self.b)
+        columns = tuple(tuple(row[i] for row in rows[i:]) for i in range(len(rows)))
+        object.__setattr__(self, "rows", rows)
+        object.__setattr__(self, "columns", columns)
 
     def dense_weights(self, theta: float) -> Row:
         """The weights of the stages for the solution at the fraction theta of the step."""

@@ -1,0 +1,212 @@
+"""Runge-Kutta steps compiled by torch.compile: one step, a fixed grid as one scan, an adaptive solve as one loop."""
+
+from __future__ import annotations
+
+import types
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch._higher_order_ops import scan, while_loop
+
+from odelayers._driver import Clock
+from odelayers._evaluator import Evaluator, traced
+from odelayers._field import Field
+from odelayers._solvers.tableau import Row, Tableau
+
+__all__ = ["Control", "Programs", "grid_states", "solved_loop", "step_stages"]
+
+
+class Control(NamedTuple):
+    """The numbers of a step size control."""
+
+    rtol: float
+    atol: float
+    max_steps: int
+    safety: float
+    shrink: float
+    grow: float
+
+
+class Programs:
+    """The compiled programs of one block, made when first called; a copy of the block makes its own.
+
+    Where one does not compile, a warning says why, and the block is solved eagerly from then on.
+    """
+
+    def __init__(self) -> None:
+        self._made: dict[Callable[..., Any], Callable[..., Any] | None] = {}
+
+    def __reduce__(self) -> Any:
+        return Programs, ()
+
+    def __deepcopy__(self, memo: Any) -> Programs:
+        return Programs()
+
+    def run(self, program: Callable[..., Any], name: str, *inputs: Any) -> Any:
+        """The result of a program, None where it cannot be compiled."""
+        if program not in self._made:
+            # dynamo keeps what it compiles with the code object, a few per object: each block has its own.
+            own = types.FunctionType(program.__code__.replace(), program.__globals__, program.__name__)
+            self._made[program] = torch.compile(own, fullgraph=True)
+        compiled = self._made[program]
+        if compiled is None:
+            return None
+        try:
+            return compiled(*inputs)
+        except Exception as error:  # said in the warning; a fault of the field itself comes again in the eager solve
+            self._made[program] = None
+            reason = " ".join(str(error).split())[:300]
+            _warn(f"torch.compile failed on field {name} ({type(error).__name__}: {reason})")
+            return None
+
+
+def _warn(reason: str) -> None:
+    warnings.warn(
+        f"compile=True: {reason}; the block is solved eagerly. Write the field without branches on values or side "
+        f"effects and give it float32 or float64 states, or leave compile=True out",
+        UserWarning,
+        stacklevel=3,
+    )
+
+
+def _weighted(row: Row, stages: Sequence[Tensor]) -> Tensor:
+    """A linear combination as plain arithmetic, which inductor fuses into the kernels around it."""
+    terms = [weight * k for weight, k in zip(row, stages, strict=False) if weight]
+    total = terms[0]
+    for term in terms[1:]:
+        total = total + term
+    return total
+
+
+def _stages(
+    tableau: Tableau, field: Field, clock: Clock, z: Tensor, k: Tensor, times: Sequence[Tensor], h: Tensor
+) -> tuple[Tensor, list[Tensor]]:
+    """The result of a step and its stages, the first of which is given."""
+    stages, at = [k], z
+    for i, row in enumerate(tableau.rows, start=1):
+        at = z + h * _weighted(row, stages)
+        if i < len(tableau.c):
+            stages.append(clock.terms(field, times[i], at)[0])
+    return at, stages
+
+
+def _step(
+    tableau: Tableau, field: Field, clock: Clock, z: Tensor, k: Tensor, times: Tensor, h: Tensor
+) -> tuple[Tensor, list[Tensor], Tensor]:
+    at, stages = _stages(tableau, field, clock, z, k, times.unbind(0), h)
+    return at, stages, _weighted(tableau.error, [s.detach() for s in stages])
+
+
+def _grid(tableau: Tableau, field: Field, clock: Clock, z: Tensor, times: Tensor, lengths: Tensor) -> Tensor:
+    def body(z: Tensor, at: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        stage_times, h = at[0].unbind(0), at[1]
+        after, _ = _stages(tableau, field, clock, z, clock.terms(field, stage_times[0], z)[0], stage_times, h)
+        return after, after.clone()
+
+    states: Tensor = scan(body, z, (times, lengths))[1]
+    return states
+
+
+def _loop(
+    tableau: Tableau,
+    field: Field,
+    clock: Clock,
+    z: Tensor,
+    k: Tensor,
+    t0: Tensor,
+    t1: Tensor,
+    h: Tensor,
+    control: Control,
+) -> tuple[Tensor, Tensor]:
+    """The final state, and (time left, steps accepted, steps tried); times and lengths are in float64."""
+    way = (t1 - t0).sign()
+
+    def going(t: Tensor, h: Tensor, z: Tensor, k: Tensor, accepted: Tensor, tried: Tensor) -> Tensor:
+        return ((t1 - t) * way > 0) & (tried < control.max_steps) & h.isfinite() & (t + h * way != t)
+
+    def body(t: Tensor, h: Tensor, z: Tensor, k: Tensor, accepted: Tensor, tried: Tensor) -> tuple[Tensor, ...]:
+        left = (t1 - t) * way
+        last = h * 1.01 >= left  # as in the eager march: no sliver is left for a last step
+        h = torch.where(last, left, h)
+        end = torch.where(last, t1, t + h * way)
+        times = [(t + c * h * way).to(z.dtype) for c in tableau.c]
+        length = (h * way).to(z.dtype)
+        after, stages = _stages(tableau, field, clock, z, k, times, length)
+        error = length * _weighted(tableau.error, stages)
+        scale = torch.maximum(z.abs(), after.abs()) * control.rtol + control.atol
+        rows = (error / scale).square().reshape(len(z), -1).mean(1).sqrt()
+        worst = rows.amax().to(t.dtype)
+        good = worst <= 1.0
+        factor = control.safety * worst.clamp(min=1e-300) ** (-1 / tableau.order)
+        longer, shorter = factor.clamp(max=control.grow), factor.clamp(min=control.shrink)
+        h = h * torch.where(good, longer, torch.where(worst.isfinite(), shorter, control.shrink))
+        return (
+            torch.where(good, end, t),
+            h,
+            torch.where(good, after, z),
+            torch.where(good, stages[-1], k),
+            accepted + good,
+            tried + 1,
+        )
+
+    zero = torch.zeros((), dtype=torch.long, device=z.device)
+    t, _, z, _, accepted, tried = while_loop(  # type: ignore[no-untyped-call]
+        going, body, (t0, h, z, k, zero, zero.clone())
+    )
+    return z, torch.stack([(t1 - t) * way, accepted.to(t.dtype), tried.to(t.dtype)])
+
+
+def step_stages(
+    f: Evaluator, tableau: Tableau, clock: Clock, z: Tensor, k: Tensor, t: float, h: float
+) -> tuple[Tensor, list[Tensor], Tensor] | None:
+    """One step: its result, its stages and the embedded error over h; None where it cannot be compiled."""
+    times = torch.tensor([t + c * h for c in tableau.c], dtype=z.dtype, device=z.device)
+    length = torch.tensor(h, dtype=z.dtype, device=z.device)
+    found: tuple[Tensor, list[Tensor], Tensor] | None = _run(f, _step, tableau, f.field, clock, z, k, times, length)
+    if found is not None:
+        f.count(len(tableau.c) - 1)
+    return found
+
+
+def grid_states(f: Evaluator, tableau: Tableau, clock: Clock, z: Tensor, steps: Sequence[Any]) -> Tensor | None:
+    """The states after each of the steps `(n, B, ...)`; None where the scan cannot be compiled."""
+    times = torch.tensor([[s.t + c * s.h for c in tableau.c] for s in steps], dtype=z.dtype, device=z.device)
+    lengths = torch.tensor([s.h for s in steps], dtype=z.dtype, device=z.device)
+    states: Tensor | None = _run(f, _grid, tableau, f.field, clock, z, times, lengths)
+    if states is not None:
+        f.count(len(steps) * len(tableau.c))
+    return states
+
+
+def solved_loop(
+    f: Evaluator,
+    tableau: Tableau,
+    clock: Clock,
+    before: tuple[Tensor, ...],
+    span: tuple[float, float, float],
+    control: Control,
+) -> tuple[Tensor, int, int] | None:
+    """The final state over span (t0, t1, first step), and the steps accepted and tried.
+
+    None where it cannot be compiled or did not reach the end.
+    """
+    numbers = [torch.tensor(x, dtype=torch.float64, device=before[0].device) for x in span]
+    found = _run(f, _loop, tableau, f.field, clock, *before, *numbers, control)
+    if found is None:
+        return None
+    left, accepted, tried = found[1].tolist()  # the solve's one host read
+    f.count(int(tried) * (len(tableau.c) - 1))
+    return (found[0], int(accepted), int(tried)) if left == 0 else None
+
+
+def _run(f: Evaluator, program: Callable[..., Any], *inputs: Any) -> Any:
+    programs: Programs = f.programs
+    if traced():  # whoever looks sees through the eager steps
+        return None
+    if f.half is not None:
+        _warn(f"field {f.field.name} runs under autocast for a state in half precision")
+        return None
+    return programs.run(program, f.field.name, *inputs)

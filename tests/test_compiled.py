@@ -1,0 +1,216 @@
+"""Blocks with compile=True: the same numbers as eagerly, or a warning and the same numbers."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from odelayers import (
+    MLP,
+    RK4,
+    Adjoint,
+    AugmentedODEBlock,
+    Checkpoint,
+    Dopri5,
+    Euler,
+    Heun,
+    KineticRegularizer,
+    Midpoint,
+    ODEBlock,
+    SolveError,
+    Tsit5,
+    count_nfe,
+    jacobian,
+)
+
+F64 = torch.float64
+SOLVERS = [Euler(5), Midpoint(5), Heun(5), RK4(5), Dopri5(1e-6, 1e-6), Tsit5(1e-6, 1e-6)]
+compiled = pytest.mark.compiled
+pytestmark = [  # what torch.compile says to itself
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"),
+    pytest.mark.filterwarnings("ignore:.*is deprecated. Please switch to `torch.compile`:DeprecationWarning"),
+]
+
+
+class Timed(nn.Module):
+    """f(t, z, context), smooth, with parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(3, 3, dtype=F64)
+
+    def forward(self, t: Tensor, z: Tensor, push: Tensor) -> Tensor:
+        return torch.sin(-self.linear(z)) * torch.cos(t) + 0.1 * push
+
+
+def pair(f: Any, **options: Any) -> tuple[ODEBlock, ODEBlock]:
+    """A compiled block and its eager twin."""
+    return ODEBlock(f, compile=True, **options), ODEBlock(f, **options)
+
+
+@pytest.fixture(autouse=True)
+def fresh() -> Any:
+    yield
+    torch.compiler.reset()
+
+
+@compiled
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("solver", SOLVERS, ids=lambda s: type(s).__name__)
+def test_states_and_gradients_are_the_eager_ones(solver: Any) -> None:
+    """To z0, parameters, context and an end time for each sample, with the same evaluations and steps."""
+    f, z, push = Timed(), torch.randn(4, 3, dtype=F64, requires_grad=True), torch.randn(4, 3, dtype=F64)
+    push.requires_grad_()
+    t1 = torch.tensor([0.5, 1.0, 2.0, 3.0], dtype=F64, requires_grad=True)
+    found = []
+    for block in pair(f, solver=solver, time=True):
+        solution = block.solve(z, t1=t1, context=push)
+        gradients = torch.autograd.grad(solution.final.pow(3).sum(), [z, push, t1, *f.parameters()])
+        found.append([solution.final, *gradients])
+        stats = solution.stats
+        found[-1] += [torch.tensor([stats.nfe, stats.accepted, stats.rejected])]
+    for ours, eager in zip(*found, strict=True):
+        torch.testing.assert_close(ours, eager, rtol=1e-11, atol=1e-12)
+
+
+@compiled
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("solver", [RK4(3), Dopri5(1e-4, 1e-4)], ids=lambda s: type(s).__name__)
+def test_the_compiled_gradient_passes_gradcheck(solver: Any) -> None:
+    """Against finite differences; step control off, whose part no gradient has."""
+    f = MLP(2, (4,)).double()
+    block = ODEBlock(f, t1=0.2, solver=solver, compile=True)
+    z = torch.randn(2, 2, dtype=F64, requires_grad=True)
+    assert block.solve(z).stats.rejected == 0
+    assert torch.autograd.gradcheck(block, z, atol=1e-6)
+
+
+@compiled
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("t1", [6.0, -1.5])
+def test_inference_as_one_loop_takes_the_eager_steps(t1: float) -> None:
+    """Forwards and backwards, with steps rejected: the same state, evaluations and steps as the march."""
+    f, z = MLP(3, (8,)).double(), 3 * torch.randn(5, 3, dtype=F64)
+    found = []
+    for block in pair(f, t1=t1, solver=Dopri5(1e-8, 1e-8, first_step=1.0)):
+        with torch.no_grad(), count_nfe(block) as count:
+            found.append(block.solve(z))
+        assert count.nfe == found[-1].stats.nfe
+    ours, eager = (s.stats for s in found)
+    assert (ours.nfe, ours.accepted, ours.rejected) == (eager.nfe, eager.accepted, eager.rejected)
+    assert eager.rejected > 0
+    torch.testing.assert_close(found[0].final, found[1].final, rtol=1e-12, atol=1e-13)
+
+
+@compiled
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("solver", [RK4(7), Dopri5(1e-7, 1e-7)], ids=lambda s: type(s).__name__)
+def test_output_times_padding_and_batch_sizes(solver: Any) -> None:
+    """Outputs between steps, an augmented state, and batches of several sizes equal the eager ones."""
+    f, ts = MLP(4, (8,)).double(), [1.0, 0.7, 0.1, -0.5]
+    ours, eager = (AugmentedODEBlock(f, 1, solver=solver, compile=c) for c in (True, False))
+    for batch in (2, 5, 3, 1):
+        z = torch.randn(batch, 3, dtype=F64)
+        for grad in (True, False):
+            with torch.set_grad_enabled(grad):
+                torch.testing.assert_close(ours.solve(z, ts).zs, eager.solve(z, ts).zs, rtol=1e-11, atol=1e-12)
+
+
+@compiled
+@pytest.mark.timeout(600)
+def test_every_block_has_programs_of_its_own() -> None:
+    """Twelve blocks of one architecture: none runs into torch.compile's limit of programs for one function."""
+    z = torch.randn(2, 2, dtype=F64)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(12):
+            ours, eager = pair(nn.Linear(2, 2, dtype=F64), solver=RK4(2))
+            torch.testing.assert_close(ours(z), eager(z), rtol=1e-12, atol=1e-13)
+
+
+@compiled
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("solver", [RK4(3), Dopri5()], ids=lambda s: type(s).__name__)
+@pytest.mark.parametrize("grad", [True, False])
+def test_a_field_that_does_not_compile_says_so_and_is_solved_eagerly(solver: Any, grad: bool) -> None:
+    """A branch on a value: one warning, the eager numbers, and transforms of an eager field still work after it."""
+
+    class Branching(nn.Linear):
+        def forward(self, z: Tensor) -> Tensor:
+            return -super().forward(z) if z.sum() > 1e9 else torch.tanh(super().forward(z))
+
+    ours, eager = pair(Branching(2, 2, dtype=F64), solver=solver)
+    z = torch.randn(3, 2, dtype=F64)
+    with torch.set_grad_enabled(grad):
+        with pytest.warns(UserWarning, match=r"compile=True: torch.compile failed on field Branching.*solved eagerly"):
+            first = ours(z)
+        assert torch.equal(first, eager(z)) and torch.equal(ours(z), eager(z))  # the second call does not warn
+    f = MLP(2, (4,)).double()
+    by_row = torch.func.vmap(torch.func.jacrev(lambda x: f(x[None])[0]))(z)
+    torch.testing.assert_close(jacobian(f, z), by_row, rtol=1e-12, atol=1e-13)
+
+
+@compiled
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("solver", [RK4(200), Dopri5(max_steps=300)], ids=lambda s: type(s).__name__)
+@pytest.mark.parametrize("grad", [True, False])
+def test_a_solve_that_fails_fails_as_eagerly(solver: Any, grad: bool) -> None:
+    """Blow-up: the rows, their times and the reason are those of the eager solve; isolate leaves the others healthy."""
+    z, errors = torch.tensor([[0.1], [1.0]], dtype=F64), []
+    ours, eager = pair(lambda z: z**2 * 1.0, t1=2.0, solver=solver)
+    with torch.set_grad_enabled(grad):
+        for block in (ours, eager):
+            with pytest.raises(SolveError) as caught:
+                block(z)
+            errors.append((caught.value.rows, caught.value.status, caught.value.t))
+        assert errors[0][:2] == errors[1][:2] and errors[0][2] == pytest.approx(errors[1][2], rel=1e-6)
+        isolated = ours.solve(z, on_failure="isolate")
+    torch.testing.assert_close(isolated.final[0, 0], torch.tensor(0.1 / (1 - 0.2), dtype=F64), rtol=1e-4, atol=0)
+    assert isolated.final[1].isnan().all()
+
+
+@compiled
+@pytest.mark.timeout(600)
+def test_running_integrals_and_half_precision(recwarn: pytest.WarningsRecorder) -> None:
+    """Running regularisers give the eager integrals; a half-precision state is solved eagerly, with a warning."""
+    ours, eager = pair(MLP(3, (4,)).double(), solver=RK4(4))
+    z = torch.randn(2, 3, dtype=F64)
+    sums = [b.solve(z, running=[KineticRegularizer()]).running[0] for b in (ours, eager)]
+    torch.testing.assert_close(*sums, rtol=1e-11, atol=1e-12)
+    f = MLP(3, (4,))
+    with pytest.warns(UserWarning, match="half precision; the block is solved eagerly"):
+        half = ODEBlock(f, solver=RK4(4), compile=True)(z.bfloat16())
+    assert torch.equal(half, ODEBlock(f, solver=RK4(4))(z.bfloat16()))
+
+
+@compiled
+@pytest.mark.timeout(600)
+def test_second_derivatives_are_refused_by_torch() -> None:
+    """A compiled gradient cannot be differentiated again, and torch says so."""
+    block, z = ODEBlock(MLP(2, (4,)).double(), solver=RK4(3), compile=True), torch.randn(2, 2, dtype=F64)
+    (slope,) = torch.autograd.grad(block(z.requires_grad_()).pow(2).sum(), z, create_graph=True)
+    with pytest.raises(RuntimeError, match="double backward"):
+        slope.sum().backward()
+
+
+def test_what_is_not_compiled_is_refused_at_construction() -> None:
+    """Gradients that evaluate again, solvers of other libraries, and anything but a bool."""
+    for options in ({"gradient": Checkpoint()}, {"gradient": Adjoint()}):
+        with pytest.raises(ValueError, match=r"compile=True compiles.*gradient=Backprop\(\)"):
+            ODEBlock(nn.Linear(2, 2), compile=True, **options)
+    with pytest.raises(TypeError, match="compile: expected True or False, got 'yes'"):
+        ODEBlock(nn.Linear(2, 2), compile="yes")  # type: ignore[arg-type]
+
+
+def test_a_copy_makes_programs_of_its_own() -> None:
+    """deepcopy and pickle carry the option, not what was compiled."""
+    block = ODEBlock(nn.Linear(2, 2), compile=True)
+    for twin in (copy.deepcopy(block), pickle.loads(pickle.dumps(block))):
+        assert twin._programs is not None and twin._programs is not block._programs
+        assert "compile=True" in repr(twin)
