@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
 import torch
@@ -77,10 +78,14 @@ def solve(problem: Problem, solver: Solver, gradient: Gradient, isolate: bool) -
     failed_at = torch.full((batch,), torch.nan, device=device)
     rows = torch.arange(batch, device=device)
     part, nfe = problem, 0
+    # The field alone runs under autocast, the user's or that of a half-precision state: sums of stages do not.
+    ambient = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
+    half = ambient if problem.half is None else problem.half
     while True:
-        f = Evaluator(part.field, len(rows), part.half, part.on_call, part.programs)
+        f = Evaluator(part.field, len(rows), half, part.on_call, part.programs)
         try:
-            path = gradient.solve(solver, f, part.z0, part.ts, part.driver)
+            with torch.autocast(device.type, enabled=False) if ambient else nullcontext():
+                path = gradient.solve(solver, f, part.z0, part.ts, part.driver)
             _check_range(path.zs, part, solver, f)
             break
         except SolveError as error:

@@ -12,6 +12,7 @@ from odelayers import (
     Dopri5,
     DropoutSDEBlock,
     Euler,
+    Heun,
     JacobianRegularizer,
     KineticRegularizer,
     ODEBlock,
@@ -61,6 +62,17 @@ def test_ambient_autocast_raises_the_tolerance_floor(solver: Dopri5 | Tsit5) -> 
     with torch.autocast("cpu", torch.bfloat16):
         stats = block.solve(z).stats
     assert stats.nfe <= block.solve(z).stats.nfe
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+@pytest.mark.parametrize("solver", [RK4(4), Heun(4)], ids=repr)
+def test_autocast_reaches_the_field_alone(solver: RK4 | Heun, device: str) -> None:
+    """A field without operations in low precision gives the same bits under autocast: sums are not cast."""
+    block, z = ODEBlock(torch.sin, time=False, solver=solver), torch.randn(8, 16, device=device)
+    for grad in (False, True):
+        with torch.set_grad_enabled(grad), torch.autocast(device, torch.bfloat16):
+            cast = block(z.requires_grad_(grad))
+        assert torch.equal(cast, block(z))
 
 
 @pytest.mark.parametrize("method", ["heun", "midpoint", "reversible_heun"])

@@ -14,6 +14,7 @@ from odelayers._solvers.tableau import Tableau
 
 __all__ = ["Stages", "stages_like"]
 
+FEW = 4  # stages; their sums are short, and most have one term
 Row = tuple[float, ...]
 
 
@@ -60,20 +61,11 @@ class Stages(ABC):
         return self.get(i)
 
 
-def _combined(y: Tensor, stages: list[Tensor], row: Row, h: float) -> Tensor:
-    """The flat state y plus h times the weighted stages, in the operation that the buffers use."""
-    if len(row) == 1:
-        return torch.add(y, stages[0].reshape(-1), alpha=h * row[0])
-    stack = torch.stack([k.reshape(-1) for k in stages[: len(row)]])
-    return torch.addmv(y, stack.T, y.new_tensor(row), alpha=h)
-
-
 class Recorded(Stages):
-    """Stages in a list and plain operations: for transforms and compilers, which see through them."""
+    """Stages in a list, combined by plain operations: for methods of few stages, and for transforms and compilers."""
 
     def begin(self, y: Tensor) -> None:
-        self._y = y
-        self._stages: list[Tensor] = []
+        self._y, self._stages = y, list[Tensor]()
 
     def put(self, i: int, k: Tensor) -> None:
         self._stages.append(k)
@@ -82,15 +74,30 @@ class Recorded(Stages):
         return self._stages[i]
 
     def advance(self, i: int, h: float) -> Tensor:
-        return self.combine(self.tableau.rows[i - 1], h)
+        return _combined(self._y, self._stages, self.tableau.rows[i - 1], h)
 
     def combine(self, row: Row, h: float) -> Tensor:
-        return _combined(self._y.reshape(-1), self._stages, row, h).view(self._y.shape)
+        return _combined(self._y, self._stages, row, h)
 
     @torch.no_grad()
     def error(self, h: float) -> Tensor:
-        zero = torch.zeros_like(self._y).reshape(-1)
-        return _combined(zero, self._stages, self.tableau.error, h).view(self._y.shape)
+        return _combined(torch.zeros_like(self._y), self._stages, self.tableau.error, h)
+
+
+def _combined(y: Tensor, stages: list[Tensor], row: Row, h: float) -> Tensor:
+    """The state y plus h times the stages that carry weight."""
+    used, weights = _sparse(row, y.dtype, y.device)
+    if len(used) == 1:
+        return torch.add(y, stages[used[0]], alpha=h * row[used[0]])
+    stack = torch.stack([stages[i] for i in used]).reshape(len(used), -1)
+    return torch.addmv(y.reshape(-1), stack.T, weights, alpha=h).view(y.shape)
+
+
+@lru_cache(maxsize=256)
+def _sparse(row: Row, dtype: torch.dtype, device: torch.device) -> tuple[tuple[int, ...], Tensor]:
+    """Which stages carry weight, and their weights."""
+    used = tuple(i for i, weight in enumerate(row) if weight)
+    return used, torch.tensor([row[i] for i in used], dtype=dtype, device=device)
 
 
 class Compiled(Recorded):
@@ -129,8 +136,6 @@ class Buffered(Stages):
         return self._rows[i].clone()
 
     def advance(self, i: int, h: float) -> Tensor:
-        if i == 1:
-            return torch.add(self._y.view(self._shape), self._rows[0], alpha=h * self.tableau.rows[0][0])
         return torch.addmv(self._y, self._first[i], self.weights[i - 1], alpha=h).view(self._shape)
 
     def combine(self, row: Row, h: float) -> Tensor:
@@ -162,8 +167,6 @@ class Chained(Buffered):
         return self._stages[i]
 
     def advance(self, i: int, h: float) -> Tensor:
-        if len(self.tableau.rows) == 1:  # Euler: there is nothing to gather
-            return torch.add(self._states[0], self._stages[0], alpha=h * self.tableau.rows[0][0])
         z: Tensor = _Advance.apply(self, i, h, self._states[-1], self._stages[i - 1])  # type: ignore[no-untyped-call]
         self._states.append(z)
         return z
@@ -173,7 +176,7 @@ class Chained(Buffered):
         return super().advance(i, h)
 
     def combine(self, row: Row, h: float) -> Tensor:
-        return _combined(self._states[0].reshape(-1), self._stages, row, h).view(self._shape)
+        return _combined(self._states[0], self._stages, row, h)
 
     @torch.no_grad()
     def error(self, h: float) -> Tensor:
@@ -231,7 +234,7 @@ class _Advance(torch.autograd.Function):
 
 
 def stages_like(tableau: Tableau, z: Tensor) -> Stages:
-    """Buffers where nothing is recorded, chained ones under autograd, a list under a transform or a compiler."""
-    if traced():
+    """Buffers, chained under autograd; a list for methods of few stages and under a transform or a compiler."""
+    if len(tableau.c) <= FEW or traced():
         return Recorded(tableau, z)
     return Chained(tableau, z) if torch.is_grad_enabled() else Buffered(tableau, z)
