@@ -5,10 +5,12 @@ from __future__ import annotations
 import types
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._functorch import config as functorch_config
 from torch._higher_order_ops import scan, while_loop
 
 from odelayers._driver import Clock
@@ -37,7 +39,8 @@ class Programs:
     """
 
     def __init__(self) -> None:
-        self._made: dict[Callable[..., Any], Callable[..., Any] | None] = {}
+        # By program and grad mode; None for one that does not compile.
+        self._made: dict[tuple[Callable[..., Any], bool], Callable[..., Any] | None] = {}
 
     def __reduce__(self) -> Any:
         return Programs, ()
@@ -47,17 +50,21 @@ class Programs:
 
     def run(self, program: Callable[..., Any], name: str, *inputs: Any) -> Any:
         """The result of a program, None where it cannot be compiled."""
-        if program not in self._made:
+        key = program, torch.is_grad_enabled()
+        new = key not in self._made
+        if new:
             # dynamo keeps what it compiles with the code object, a few per object: each block has its own.
             own = types.FunctionType(program.__code__.replace(), program.__globals__, program.__name__)
-            self._made[program] = torch.compile(own, fullgraph=True)
-        compiled = self._made[program]
+            self._made[key] = torch.compile(own, fullgraph=True)
+        compiled = self._made[key]
         if compiled is None:
             return None
         try:
-            return compiled(*inputs)
+            # The backward pass is compiled at once too, so that its failure is met here and not in backward().
+            with functorch_config.patch(force_non_lazy_backward_lowering=True) if new else nullcontext():
+                return compiled(*inputs)
         except Exception as error:  # said in the warning; a fault of the field itself comes again in the eager solve
-            self._made[program] = None
+            self._made[key] = None
             reason = " ".join(str(error).split())[:300]
             _warn(f"torch.compile failed on field {name} ({type(error).__name__}: {reason})")
             return None
