@@ -15,7 +15,7 @@ from cosmic_ray.mutating import mutate_code
 
 MODULES = ("_solvers/*.py", "_gradients/*.py", "_jacobian.py", "_linalg.py", "stability.py", "regularizers.py")
 OWN = {  # the tests that know a module best come first
-    "_solvers/adaptive.py": "solvers first_step times faults isolate gradients",
+    "_solvers/adaptive.py": "solvers first_step step_control times faults isolate gradients",
     "_solvers/base.py": "solvers isolate faults running times gradients",
     "_solvers/fixed.py": "solvers times faults gradients sde",
     "_solvers/reference.py": "adapters isolate faults",

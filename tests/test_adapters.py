@@ -174,6 +174,27 @@ def test_torchsde_takes_any_state_shape_and_end_times(shape: tuple[int, ...], no
     assert torch.allclose(block(z, ends)[0], z[0])
 
 
+@pytest.mark.parametrize(
+    "solver", [TorchDiffEq("dopri5"), TorchDiffEq("rk4", step_size=0.25), TorchSDE("euler", 4)], ids=repr
+)
+def test_a_compiler_leaves_the_libraries_as_they_are(solver: Any) -> None:
+    """torch.compile of a block breaks its graph around their solve (inductor fails inside): same value, no op of f."""
+    ops: list[str] = []
+
+    def backend(graph: torch.fx.GraphModule, _: Any) -> Any:
+        ops.extend(str(node.target) for node in graph.graph.nodes)
+        return graph.forward
+
+    more = (torch.cos,) if solver.calculus else ()
+    block = (SDEBlock if solver.calculus else ODEBlock)(torch.tanh, *more, solver=solver, time=False)
+    z, found = torch.randn(3, 2), []
+    for call in (block, torch.compile(block, backend=backend)):
+        torch.manual_seed(4)
+        found.append(call(z))
+    torch._dynamo.reset()
+    assert torch.equal(*found) and ops and not any("tanh" in op or "cos" in op for op in ops)
+
+
 @pytest.mark.parametrize("noise_in_eval", [False, True])
 def test_dropout_noise_runs_through_torchsde(noise_in_eval: bool) -> None:
     """In evaluation the noiseless block is deterministic and close to the ODE; otherwise it is noisy."""
