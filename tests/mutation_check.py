@@ -179,7 +179,7 @@ def main() -> None:
         if options.again and trees:
             todo = [m for m in todo if m.get("verdict", "").startswith("survived") and not m.get("reason")]
             for m in todo:
-                append({"id": m["id"], "verdict": "survived its own tests"})
+                append({"id": m["id"], "verdict": "survived before"})
         workers = [fork.Process(target=work, args=(t, commit, todo[i :: len(trees)])) for i, t in enumerate(trees)]
         for worker in workers:
             worker.start()

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torchdiffeq
 import torchsde
+from scipy.integrate import solve_ivp
 from torch import Tensor
 
 from odelayers import (
     Adjoint,
+    Dopri5,
     DropoutSDEBlock,
     EulerMaruyama,
     ODEBlock,
@@ -21,10 +24,11 @@ from odelayers import (
     StratonovichHeun,
     TorchDiffEq,
     TorchSDE,
+    Tsit5,
     count_nfe,
 )
 from odelayers._solvers.reference import _ADAPTIVE, _FIXED
-from problems import FORCED, LINEAR, PROBLEMS, TanhNet, name, slopes
+from problems import FORCED, LINEAR, ORACLES, PROBLEMS, Problem, TanhNet, name, slopes
 
 pytestmark = pytest.mark.timeout(60)
 F64 = torch.float64
@@ -130,6 +134,23 @@ def test_implicit_methods_solve_what_explicit_ones_cannot() -> None:
     z = torch.ones(2, 1, dtype=F64, requires_grad=True)
     slow(z).sum().backward()
     assert z.grad is not None and (z.grad - 0.36787944).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("problem", ORACLES, ids=lambda p: p.name)
+def test_three_libraries_agree(problem: Problem) -> None:
+    """Own solvers, torchdiffeq's odeint and scipy's DOP853 and Radau meet at every output time, at tolerance 1e-9."""
+    ts, shape = np.linspace(0.0, 1.5, 6), problem.z0.shape
+
+    def flat(t: float, y: np.ndarray) -> np.ndarray:
+        return problem.rate(torch.tensor(t, dtype=F64), torch.from_numpy(y).view(shape)).numpy().ravel()
+
+    found = [ODEBlock(problem.f, solver=s(1e-9, 1e-9)).solve(problem.z0, ts.tolist()).zs for s in (Dopri5, Tsit5)]
+    found.append(torchdiffeq.odeint(problem.rate, problem.z0, torch.from_numpy(ts), rtol=1e-9, atol=1e-9))
+    for method in ("DOP853", "Radau"):
+        out = solve_ivp(flat, (0.0, 1.5), problem.z0.numpy().ravel(), method, ts, rtol=1e-9, atol=1e-9)
+        found.append(torch.from_numpy(out.y.T.copy()).view(6, *shape))
+    for zs in found[1:]:
+        assert (zs - found[0]).abs().max() < 2e-7
 
 
 @pytest.mark.parametrize("reading, method", [(r, m) for r, ms in READINGS.items() for m in ms])
