@@ -15,7 +15,7 @@ from cosmic_ray.mutating import mutate_code
 
 MODULES = ("_solvers/*.py", "_gradients/*.py", "_jacobian.py", "_linalg.py", "stability.py", "regularizers.py")
 OWN = {  # the tests that know a module best come first
-    "_solvers/adaptive.py": "solvers first_step times faults isolate gradients",
+    "_solvers/adaptive.py": "solvers first_step step_control times faults isolate gradients",
     "_solvers/base.py": "solvers isolate faults running times gradients",
     "_solvers/fixed.py": "solvers times faults gradients sde",
     "_solvers/reference.py": "adapters isolate faults",
@@ -29,7 +29,7 @@ OWN = {  # the tests that know a module best come first
     "stability.py": "stability theorems",
     "regularizers.py": "regularizers running",
 }
-NEXT = "reports tableau conventions first_step running theory_linear transforms determinism times".split()
+NEXT = "reports construction tableau refusals conventions first_step running theory_linear transforms determinism"
 NOT_FAST = ("docs", "house", "memory", "examples_")  # text and style, memory, and the study: no test of these modules
 PAIRS = "Add_Sub Sub_Add Mul_Div Div_Mul Pow_Mul FloorDiv_Mul Mod_Mul BitAnd_BitOr BitOr_BitAnd Is_IsNot IsNot_Is"
 COMPARISONS = ("Eq", "NotEq", "Lt", "LtE", "Gt", "GtE")
@@ -93,5 +93,5 @@ def tests_of(module: str, tree: Path) -> dict[str, list[str]]:
     fast = [name for name in fast if not name.startswith(NOT_FAST)]
     key = max((k for k in OWN if module.removeprefix("odelayers/").startswith(k)), key=len)
     own = OWN[key].split()
-    rest = [name for name in dict.fromkeys([*NEXT, *fast]) if name in fast and name not in own]
+    rest = [name for name in dict.fromkeys([*NEXT.split(), *fast]) if name in fast and name not in own]
     return {phase: [f"tests/test_{name}.py" for name in names] for phase, names in {"own": own, "rest": rest}.items()}

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torchdiffeq
 import torchsde
+from scipy.integrate import solve_ivp
 from torch import Tensor
 
 from odelayers import (
     Adjoint,
+    Dopri5,
     DropoutSDEBlock,
     EulerMaruyama,
     ODEBlock,
@@ -21,10 +24,11 @@ from odelayers import (
     StratonovichHeun,
     TorchDiffEq,
     TorchSDE,
+    Tsit5,
     count_nfe,
 )
 from odelayers._solvers.reference import _ADAPTIVE, _FIXED
-from problems import FORCED, LINEAR, PROBLEMS, TanhNet, name, slopes
+from problems import FORCED, LINEAR, ORACLES, PROBLEMS, Problem, TanhNet, name, slopes
 
 pytestmark = pytest.mark.timeout(60)
 F64 = torch.float64
@@ -132,6 +136,23 @@ def test_implicit_methods_solve_what_explicit_ones_cannot() -> None:
     assert z.grad is not None and (z.grad - 0.36787944).abs().max() < 1e-6
 
 
+@pytest.mark.parametrize("problem", ORACLES, ids=lambda p: p.name)
+def test_three_libraries_agree(problem: Problem) -> None:
+    """Own solvers, torchdiffeq's odeint and scipy's DOP853 and Radau meet at every output time, at tolerance 1e-9."""
+    ts, shape = np.linspace(0.0, 1.5, 6), problem.z0.shape
+
+    def flat(t: float, y: np.ndarray) -> np.ndarray:
+        return problem.rate(torch.tensor(t, dtype=F64), torch.from_numpy(y).view(shape)).numpy().ravel()
+
+    found = [ODEBlock(problem.f, solver=s(1e-9, 1e-9)).solve(problem.z0, ts.tolist()).zs for s in (Dopri5, Tsit5)]
+    found.append(torchdiffeq.odeint(problem.rate, problem.z0, torch.from_numpy(ts), rtol=1e-9, atol=1e-9))
+    for method in ("DOP853", "Radau"):
+        out = solve_ivp(flat, (0.0, 1.5), problem.z0.numpy().ravel(), method, ts, rtol=1e-9, atol=1e-9)
+        found.append(torch.from_numpy(out.y.T.copy()).view(6, *shape))
+    for zs in found[1:]:
+        assert (zs - found[0]).abs().max() < 2e-7
+
+
 @pytest.mark.parametrize("reading, method", [(r, m) for r, ms in READINGS.items() for m in ms])
 def test_every_method_of_torchsde_converges_to_its_reading(reading: str, method: str) -> None:
     """Geometric Brownian motion: the mean of log z at 1 is lambda - sigma^2/2 (Ito) or lambda (Stratonovich)."""
@@ -172,6 +193,27 @@ def test_torchsde_takes_any_state_shape_and_end_times(shape: tuple[int, ...], no
     assert block.solve(z, [0.0, 0.3, 1.0]).zs.shape == (3, *shape)
     ends = torch.tensor([0.0, 1.0, 2.0, 3.0], dtype=F64)
     assert torch.allclose(block(z, ends)[0], z[0])
+
+
+@pytest.mark.parametrize(
+    "solver", [TorchDiffEq("dopri5"), TorchDiffEq("rk4", step_size=0.25), TorchSDE("euler", 4)], ids=repr
+)
+def test_a_compiler_leaves_the_libraries_as_they_are(solver: Any) -> None:
+    """torch.compile of a block breaks its graph around their solve (inductor fails inside): same value, no op of f."""
+    ops: list[str] = []
+
+    def backend(graph: torch.fx.GraphModule, _: Any) -> Any:
+        ops.extend(str(node.target) for node in graph.graph.nodes)
+        return graph.forward
+
+    more = (torch.cos,) if solver.calculus else ()
+    block = (SDEBlock if solver.calculus else ODEBlock)(torch.tanh, *more, solver=solver, time=False)
+    z, found = torch.randn(3, 2), []
+    for call in (block, torch.compile(block, backend=backend)):
+        torch.manual_seed(4)
+        found.append(call(z))
+    torch._dynamo.reset()
+    assert torch.equal(*found) and ops and not any("tanh" in op or "cos" in op for op in ops)
 
 
 @pytest.mark.parametrize("noise_in_eval", [False, True])

@@ -94,6 +94,17 @@ def test_the_adjoint_refuses_where_its_backward_solve_loses_the_state(rate: floa
         assert z.grad is not None and (z.grad - torch.tensor(rate * 5.0, dtype=torch.float64).exp()).abs().max() < 1e-3
 
 
+@pytest.mark.parametrize("lost", [0.0, 0.25, 0.5])
+def test_the_drift_is_dated_by_the_output_at_which_it_is_seen(lost: float) -> None:
+    """The state is compared at every output: the error names the one where the contracting stretch starts."""
+    ts = [0.0, 0.25, 0.5, 0.75]
+    z = torch.ones(2, 1, dtype=torch.float64, requires_grad=True)
+    block = ODEBlock(lambda t, z: -150 * ((t >= lost) & (t <= lost + 0.25)) * z, solver=RK4(60), gradient=Adjoint())
+    zs = block.solve(z, ts).zs
+    with pytest.raises(GradientError, match=rf"the state at s = {lost:g} differs"):
+        zs.sum().backward()
+
+
 def test_without_the_check_the_contracting_gradient_would_be_wrong() -> None:
     """Control: with torchdiffeq's adjoint, which recovers the state unchecked, a nonlinear gradient is far off."""
 

@@ -33,6 +33,11 @@ from odelayers import (
     Tsit5,
     Uniform,
 )
+from odelayers._driver import Clock
+from odelayers._evaluator import Evaluator
+from odelayers._field import Field
+from odelayers._gradients import Gradient
+from odelayers._solvers import FixedGrid, MarchingSolver, Solver
 from problems import name
 
 NAN = float("nan")
@@ -97,6 +102,25 @@ def test_nonsense_is_refused_at_construction(make: Any, kind: type[Exception], w
     """Unknown keywords, impossible numbers and names fail where they are written."""
     with pytest.raises(kind, match=words):
         make()
+
+
+ABSTRACT = {  # what a solver or a gradient of one's own must say
+    Solver: ["integrate"],
+    MarchingSolver: ["start", "march", "again"],
+    FixedGrid: ["step"],
+    Gradient: ["accepts", "solve"],
+}
+
+
+@pytest.mark.parametrize("base, forgotten", [(base, method) for base, ms in ABSTRACT.items() for method in ms])
+def test_a_solver_or_gradient_that_lacks_a_method_is_refused_when_made(base: type, forgotten: str) -> None:
+    """Not in the middle of a solve: Python names what is missing; with every method there it is made (control)."""
+    methods = {method: lambda *_, **__: None for method in ABSTRACT[base]}
+    arguments = {"steps": 3} if base is FixedGrid else {}
+    type("Whole", (base,), methods)(**arguments)
+    del methods[forgotten]
+    with pytest.raises(TypeError, match=rf"abstract class Lacking .*abstract method '?{forgotten}'?"):
+        type("Lacking", (base,), methods)(**arguments)
 
 
 def test_errors_and_records_survive_pickling_and_copying() -> None:
@@ -164,6 +188,13 @@ def test_every_combination_runs_or_is_refused_with_the_legal_ones(block: type, s
         assert all(f"{name(g)}()" in str(caught.value) for g in named)
     else:
         assert "solver" in str(caught.value) or "solves ODEs only" in str(caught.value)
+
+
+def test_checkpointing_asked_past_the_block_refuses_a_foreign_solver() -> None:
+    """A gradient used without a block still refuses what it cannot take again step by step."""
+    f = Evaluator(Field.of(torch.sin, time=False), 2)
+    with pytest.raises(TypeError, match=r"Checkpoint: expected a solver of odelayers, got TorchDiffEq"):
+        Checkpoint().solve(TorchDiffEq("dopri5"), f, torch.ones(2, 1), [0.0, 1.0], Clock())
 
 
 def test_solvers_of_one_kind_differ_only_by_their_numbers() -> None:

@@ -66,6 +66,26 @@ def test_value_and_jacobian_carry_a_graph_where_there_is_something_to_reach(
     torch.testing.assert_close(value, field(z))
 
 
+def test_any_callable_may_say_its_jacobian() -> None:
+    """A plain object with `linearize` is asked like a module: its J = diag(s) W is used, and verify checks it."""
+
+    class Tanh:
+        slip = 1.0
+
+        def __call__(self, z: Tensor) -> Tensor:
+            return torch.tanh(z @ W.T)
+
+        def linearize(self, z: Tensor) -> tuple[Tensor, Tensor]:
+            return self.slip * (1 - torch.tanh(z @ W.T) ** 2), W
+
+    W, f = torch.randn(3, 3, dtype=torch.float64), Tanh()
+    torch.testing.assert_close(jacobian(f, Z, verify=True), jacobian(lambda z: f(z), Z))
+    f.slip = 2.0
+    torch.testing.assert_close(jacobian(f, Z), 2 * jacobian(lambda z: f(z), Z))
+    with pytest.raises(ValueError, match="linearize is not the derivative"):
+        jacobian(f, Z, verify=True)
+
+
 def test_squaring_takes_a_batch_as_it_takes_each_matrix() -> None:
     """A batch (2, 5) of 3 x 3 matrices of many sizes gives each one's bound, at or above its abscissa."""
     size = torch.logspace(-6, 6, 10, dtype=torch.float64).reshape(2, 5, 1, 1)

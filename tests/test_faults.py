@@ -172,6 +172,19 @@ def test_a_field_that_does_not_fit_is_refused(gradient: Any, f: Any, kind: type[
     assert torch.equal(z, ONES)
 
 
+@pytest.mark.parametrize("solver", SOLVERS, ids=name)
+def test_an_error_of_the_field_s_own_reaches_the_user_as_it_is(solver: Any) -> None:
+    """Where dtype and device agree nothing is guessed: the field's RuntimeError passes, and as what it was raised."""
+
+    class Broken(nn.Linear):
+        def forward(self, z: Tensor) -> Tensor:
+            raise RuntimeError("the valve is stuck")
+
+    with pytest.raises(RuntimeError, match="^the valve is stuck$") as caught:
+        ODEBlock(Broken(2, 2).double(), solver=solver)(ONES)
+    assert type(caught.value) is RuntimeError
+
+
 def test_a_diffusion_that_does_not_fit_is_refused() -> None:
     """g is checked as f is, by name."""
     with pytest.raises(ValueError, match=r"field g: expected dz/dt of the state's shape \(4, 2\), got \(4, 1\)"):

@@ -166,6 +166,17 @@ def test_finite_matrices_that_break_lapack_have_their_eigenvalues(matrix: list[l
     torch.testing.assert_close(values.imag.sort().values, expected, rtol=0, atol=1e-14)
 
 
+@pytest.mark.parametrize("c", [0.3, 10.0, 100.0])
+@pytest.mark.parametrize("mu", [-1.0, 0.0, 2.0])
+def test_squaring_exceeds_the_abscissa_by_the_documented_factor(mu: float, c: float) -> None:
+    """Of [[mu, c], [0, mu - 1]] the exponential at the documented t = 2^24 / |J| is e^(mu t) [[1, c], [0, 0]]: the
+    bound exceeds mu by log sqrt(1 + c^2) / t, the closed form, and by no other time's."""
+    J = torch.tensor([[mu, c], [0.0, mu - 1.0]], dtype=torch.float64)
+    t = 2**24 / J.norm().item()
+    excess = spectral_abscissa(J, method="squaring").item() - mu
+    assert excess == pytest.approx(math.log(math.hypot(1.0, c)) / t, rel=1e-3)
+
+
 def test_eigenvalues_are_differentiable() -> None:
     """gradcheck of the abscissa and of the log norms, zero entries included."""
     J = torch.randn(3, 4, 4, dtype=torch.float64)

@@ -17,6 +17,10 @@ from odelayers import (
     Euler,
     EulerMaruyama,
     Heun,
+    JacobianRegularizer,
+    KineticRegularizer,
+    LyaNetRegularizer,
+    LyapunovRegularizer,
     Midpoint,
     Milstein,
     ODEBlock,
@@ -24,23 +28,35 @@ from odelayers import (
     SDEBlock,
     SolveError,
     Status,
+    SteadyStateRegularizer,
     StratonovichHeun,
     TorchDiffEq,
     TorchSDE,
     Tsit5,
+    Uniform,
 )
 from problems import name
 
-VALUES = (Dopri5(), Tsit5(), Euler(2), Midpoint(2), Heun(2), RK4(2), TorchDiffEq("rk4"), Backprop(), Adjoint())
+VALUES = (
+    *(Dopri5(), Tsit5(), Euler(2), Midpoint(2), Heun(2), RK4(2), TorchDiffEq("rk4")),
+    *(EulerMaruyama(2), Milstein(2), StratonovichHeun(2), ReversibleHeun(2), TorchSDE("euler", steps=2)),
+    *(Backprop(), Checkpoint(), Adjoint(), Uniform(0.5, 1.5)),
+    *(LyapunovRegularizer(), LyaNetRegularizer()),
+    *(KineticRegularizer(), JacobianRegularizer(), SteadyStateRegularizer()),
+)
 
 
-@pytest.mark.parametrize("value", (*VALUES, Checkpoint(), TorchSDE("euler", steps=2)), ids=name)
-def test_a_solver_or_gradient_is_a_value(value: Any) -> None:
-    """Equal by its fields, hashable, and never changed in place: one may be shared by many blocks."""
+@pytest.mark.parametrize("value", VALUES, ids=name)
+def test_solvers_gradients_end_times_and_regularisers_are_values(value: Any) -> None:
+    """Equal by kind and fields, hashable, printed as made, and never changed in place: blocks may share one."""
     twin = dataclasses.replace(value)
-    assert twin == value and hash(twin) == hash(value) and repr(twin) == repr(value)
+    assert twin == value and hash(twin) == hash(value) and eval(repr(value)) == value
+    assert [other for other in VALUES if other == value] == [value]
+    for attribute in ("steps", "rtol", "a_name_with_a_slip"):
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            setattr(value, attribute, 7)
     with pytest.raises(dataclasses.FrozenInstanceError):
-        value.steps = 7
+        del value.steps
 
 
 @pytest.mark.parametrize("t0", [0.0, 1.0])
@@ -50,6 +66,22 @@ def test_a_blow_up_on_a_grid_is_dated_by_the_end_of_its_step(t0: float) -> None:
     with pytest.raises(SolveError) as caught:
         ODEBlock(lambda z: 1e300 * z, t0=t0, t1=t0 + 1.0, solver=Euler(steps=4))(z)
     assert caught.value.t == (t0 + 0.5,)
+
+
+@pytest.mark.parametrize("t0", [0.0, 1.0])
+def test_a_blow_up_is_dated_by_the_state_not_by_what_the_solver_carries(t0: float) -> None:
+    """Reversible Heun carries f and g beside z: 1e300 z overflows at the first step's end and g = 1/10 stays finite."""
+    block = SDEBlock(
+        lambda z: torch.tensor([[1.0], [1e300]], dtype=z.dtype) * z,
+        lambda z: torch.full_like(z, 0.1),
+        t0=t0,
+        t1=t0 + 1.0,
+        solver=ReversibleHeun(steps=4),
+        calculus="stratonovich",
+    )
+    with pytest.raises(SolveError) as caught:
+        block(torch.ones(2, 1, dtype=torch.float64))
+    assert (caught.value.rows, caught.value.t, caught.value.status) == ((1,), (t0 + 0.25,), Status.BLOW_UP)
 
 
 ORDERS = (Dopri5(), 5), (Tsit5(), 5), (Euler(2), 1), (Midpoint(2), 2), (Heun(2), 2), (RK4(2), 4)
@@ -70,6 +102,13 @@ def test_torchsde_s_steps_are_counted_and_none_is_rejected(method: str) -> None:
     block = SDEBlock(lambda z: -z, lambda z: 0.1 * z, solver=solver, noise="scalar")
     stats = block.solve(torch.ones(2, 1)).stats
     assert (stats.accepted, stats.rejected) == (6, 0)
+
+
+@pytest.mark.parametrize("method", ["rk4", "implicit_adams", "scipy_solver"])
+def test_a_library_method_that_tells_no_steps_has_none_counted(method: str) -> None:
+    """torchdiffeq's fixed grids and scipy do not tell their steps: zero of either kind; evaluations are counted."""
+    stats = ODEBlock(lambda z: -z, solver=TorchDiffEq(method), gradient=Adjoint()).solve(torch.ones(2, 1)).stats
+    assert (stats.accepted, stats.rejected) == (0, 0) and stats.nfe > 0
 
 
 def test_a_failure_that_does_not_come_back_is_reported_with_its_row() -> None:

@@ -24,6 +24,7 @@ from odelayers import (
     SteadyStateRegularizer,
     TorchDiffEq,
 )
+from odelayers._running import RunningField
 from problems import MATRIX, TanhNet, gradients, name
 
 F64 = torch.float64
@@ -147,3 +148,10 @@ def test_what_cannot_accumulate_is_refused() -> None:
         ODEBlock(Decay(1.0)).solve(z, running=[LyapunovRegularizer()])
     with pytest.raises(ValueError, match="regularisers accumulate along ODE solves; use an ODEBlock"):
         DropoutSDEBlock(Decay(1.0), 0.1).solve(z, running=[KineticRegularizer()])
+
+
+def test_a_running_field_without_the_field_it_runs_around_is_refused() -> None:
+    """It is made by `around`, which draws the probe and knows the state's shape; made otherwise it names that way."""
+    bare = RunningField(torch.sin, False)
+    with pytest.raises(TypeError, match=r"RunningField: build it with RunningField.around"):
+        bare(0.0, torch.zeros(2, 3))

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from odelayers import (
     RK4,
+    Dopri5,
     DropoutSDEBlock,
     Euler,
     EulerMaruyama,
@@ -22,6 +23,7 @@ from odelayers import (
     ReversibleHeun,
     SDEBlock,
     StratonovichHeun,
+    TorchDiffEq,
     TorchSDE,
 )
 from problems import SDE_SOLVERS, TanhNet, name, slope
@@ -200,6 +202,13 @@ def test_wrong_mathematics_is_refused_at_construction(options: dict[str, Any], w
     ):
         with pytest.raises(ValueError, match=words):
             build(**options)
+
+
+@pytest.mark.parametrize("solver", [Dopri5(), TorchDiffEq("dopri5")], ids=name)
+def test_a_solver_for_odes_alone_asks_for_no_noise(solver: Any) -> None:
+    """A solver says how many increments a solve over ts draws: a method without a reading of noise, none."""
+    assert solver.calculus == () and solver.noise_steps([0.0, 0.5, 1.0]) == 0
+    assert EulerMaruyama(5).noise_steps([0.0, 0.5, 1.0]) == 6
 
 
 def test_an_sde_runs_forwards() -> None:

@@ -104,6 +104,21 @@ def test_a_report_prints_as_an_aligned_table() -> None:
     assert max(map(len, lines)) <= 120
 
 
+COUNTS = {"contracting": (3, 3, 3, 3), "stable": (3, 0, 0, 0), "undecided": (0, 0, 0, 0), "unstable": (0, 0, 0, 0)}
+
+
+@pytest.mark.parametrize("verdict", LINEAR)
+def test_the_counts_printed_are_of_points_below_zero(verdict: str) -> None:
+    """Abscissa, log norms by rows, by columns and for p = 2: so many of three points lie below 0, margin and all."""
+    A, z = torch.tensor(LINEAR[verdict], dtype=torch.float64), torch.randn(3, 2, dtype=torch.float64)
+    printed = str(check_stability(linear(A), z)).splitlines()
+    table = printed[printed.index(next(line for line in printed if line.startswith("negative"))) + 1 : -1]
+    assert [line[26:37].strip() for line in table] == [f"{count}/3" for count in COUNTS[verdict]]
+    some = torch.tensor([[0.0], [0.1], [1.1]], dtype=torch.float64)  # where -1 + 3 z^2 is negative twice
+    assert str(check_stability(lambda z: -z + z**3, some)).count(" 2/3  ") == 4
+    assert str(check_stability(lambda z: -z + z**3, some, margin=0.98)).count(" 1/3  ") == 4
+
+
 def test_a_report_becomes_a_plain_dict() -> None:
     """to_dict survives JSON and holds one number a point."""
     report = check_stability(MLP(3), torch.randn(4, 3))
