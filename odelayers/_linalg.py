@@ -174,9 +174,9 @@ def check_rows_finite(x: Tensor, where: str) -> None:
 
 def finite_square(J: Any, where: str) -> Tensor:
     """Return J as finite square matrices in a precision that LAPACK knows: NaN or inf in them can kill the process."""
-    J = _square(J, where)
-    check_rows_finite(J.reshape(-1, J.shape[-2] * J.shape[-1]), f"{where}: J")
-    return J
+    matrices = _square(J, where)
+    check_rows_finite(matrices.reshape(-1, matrices.shape[-2] * matrices.shape[-1]), f"{where}: J")
+    return matrices
 
 
 def _prepared(J: Tensor) -> tuple[Tensor, Tensor]:
