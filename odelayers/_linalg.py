@@ -8,15 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from odelayers._checks import at_least_float32, one_of, positive_int
+from odelayers._checks import at_least_float32, one_of
+from odelayers._squaring import bounds_by_squaring, number_of_squarings, power_of_two
 
 __all__ = ["check_rows_finite", "eigenvalues", "finite_square", "gershgorin", "log_norm", "spectral_abscissa"]
 
 _AXES = ("row", "column")
 _METHODS = ("eig", "squaring")
 _SHIFT = 0.6180339887498949  # of no matrix's diagonal, so that no eigenvalue is 0
-_SQUARINGS = 24  # with more, rounding (for a Jordan block of size 2, 1e-7 |J|) outweighs what keeps the bound above
-_TAYLOR = 18  # terms of e^X at |X| = 1: what is left out is below the rounding of float64
 
 
 def gershgorin(J: Tensor, axis: str = "row") -> tuple[Tensor, Tensor]:
@@ -113,43 +112,11 @@ def spectral_abscissa(J: Tensor, method: str = "eig", *, squarings: int | None =
     (-1.0, -1.0)
     """
     if one_of(method, "spectral_abscissa: method", _METHODS) == "squaring":
-        return _abscissa_by_squaring(finite_square(J, "spectral_abscissa"), _checked_squarings(squarings))
+        k = number_of_squarings(squarings, "spectral_abscissa")
+        return bounds_by_squaring(finite_square(J, "spectral_abscissa"), k).upper
     if squarings is not None:
         raise ValueError(f'spectral_abscissa: squarings={squarings!r} is for method="squaring", got method="eig"')
     return eigenvalues(J, "spectral_abscissa").real.amax(-1)
-
-
-def _checked_squarings(squarings: int | None) -> int:
-    if squarings is None:
-        return _SQUARINGS
-    if positive_int(squarings, "spectral_abscissa: squarings") > _SQUARINGS:
-        raise ValueError(
-            f"spectral_abscissa: squarings: expected an int from 1 to {_SQUARINGS}, got {squarings}: beyond, rounding "
-            f'outweighs the gain and the bound could fall below the abscissa; method="eig" is sharper'
-        )
-    return squarings
-
-
-def _abscissa_by_squaring(J: Tensor, squarings: int) -> Tensor:
-    """Give log |e^{tJ}| / t at t = 2^squarings / |J|, each power kept at norm 1 and its logarithm added apart."""
-    wide = torch.complex128 if J.is_complex() else torch.float64
-    scale = _power_of_two(J)
-    X = (J / scale).to(wide)
-    size = torch.linalg.matrix_norm(X.detach(), keepdim=True)
-    X = X / size.clamp(min=1.0)  # below 1 only for J = 0
-    identity = torch.eye(J.shape[-1], dtype=wide, device=J.device)
-    power = identity.expand_as(X)
-    for term in range(_TAYLOR, 0, -1):
-        power = identity + X @ power / term
-    norm = torch.linalg.matrix_norm(power, keepdim=True)
-    rate = norm.log()
-    for k in range(1, squarings + 1):
-        power = power / norm
-        power = power @ power
-        norm = torch.linalg.matrix_norm(power, keepdim=True)
-        rate = rate + norm.log() / 2**k  # log |P^2| / 2 = log |P| + log |(P / |P|)^2| / 2
-    bound: Tensor = (rate * size).to(scale.dtype) * scale
-    return bound[..., 0, 0]
 
 
 def eigenvalues(J: Tensor, where: str) -> Tensor:
@@ -187,20 +154,13 @@ def _prepared(J: Tensor) -> tuple[Tensor, Tensor]:
     [[0, 0, -.72091], [0, 0, -.09291], [.72091, .09291, 0]] is enough). What is changed here is smaller than the
     backward error of the eigenvalues.
     """
-    scale = _power_of_two(J)
+    scale = power_of_two(J)
     X = J / scale
     negligible = X.detach().masked_fill(
         X.detach().abs() >= torch.finfo(J.dtype).eps ** 2, 0.0
     )  # subtracted, X keeps its gradient
     identity = torch.eye(J.shape[-1], dtype=J.dtype, device=J.device)
     return X - negligible + _SHIFT * identity, scale[..., 0]
-
-
-def _power_of_two(J: Tensor) -> Tensor:
-    """The power of two (..., 1, 1) by which the largest entry of each matrix lies in [1, 2); tiny for a matrix of 0."""
-    largest = J.detach().abs().amax((-2, -1), keepdim=True)
-    power = torch.exp2((torch.frexp(largest).exponent - 1).to(largest.dtype))
-    return power.clamp(min=torch.finfo(J.dtype).tiny)
 
 
 def _square(J: Any, where: str) -> Tensor:

@@ -11,7 +11,7 @@ from hypothesis import example, given, settings, strategies as st
 from torch import Tensor
 
 from odelayers import jacobian, log_norm, spectral_abscissa
-from odelayers._linalg import _abscissa_by_squaring
+from odelayers._squaring import bounds_by_squaring
 from strategies import Bounded, bounded_fields, seeds, states
 
 F64 = torch.float64
@@ -77,7 +77,7 @@ def test_more_squarings_than_are_allowed_would_lose_the_bound() -> None:
     """Control: with 30, rounding takes the bound of some Jordan blocks of size 2 below their abscissa 0, |A| = 1."""
     Q = torch.linalg.qr(random(4000, 2, 2, seed=0)).Q
     blocks = Q @ torch.tensor([[0.0, 1.0], [0.0, 0.0]], dtype=F64) @ Q.mT
-    assert _abscissa_by_squaring(blocks, 30).amin() < -1e-8
+    assert bounds_by_squaring(blocks, 30).upper.amin() < -1e-8
     assert spectral_abscissa(blocks, method="squaring").amin() >= 0
     with pytest.raises(ValueError, match=r"squarings: expected an int from 1 to 24, got 25"):
         spectral_abscissa(blocks, method="squaring", squarings=25)
@@ -116,7 +116,7 @@ def test_each_squaring_halves_the_gap_of_a_diagonalisable_matrix(seed: int, n: i
     A = V @ torch.diag(-torch.arange(n, dtype=F64)) @ torch.linalg.inv(V)
     projector = torch.linalg.matrix_norm(V[:, :1] @ torch.linalg.inv(V)[:1]).item()
     for k in (12, 13, 16):
-        gap = _abscissa_by_squaring(A, k).item() * 2**k / A.norm().item()
+        gap = bounds_by_squaring(A, k).upper.item() * 2**k / A.norm().item()
         assert gap == pytest.approx(math.log(projector), abs=2**k * 8 * n * EPS * 10**slope + 1e-9)
 
 
@@ -124,7 +124,7 @@ def test_the_gap_of_a_jordan_block_falls_more_slowly() -> None:
     """Control: for [[0, 1], [0, 0]] |e^(tA)| grows like t: the gap is log(t) / t and no squaring halves it."""
     A = torch.tensor([[0.0, 1.0], [0.0, 0.0]], dtype=F64)
     for k in (8, 12, 16):
-        now, then = (_abscissa_by_squaring(A, j).item() for j in (k, k + 1))
+        now, then = (bounds_by_squaring(A, j).upper.item() for j in (k, k + 1))
         assert now == pytest.approx(math.log(math.hypot(2**k, 2**0.5)) / 2**k, rel=1e-6)
         assert now / then < 1.9
 
