@@ -14,8 +14,9 @@ from torch.nn import functional as F
 from odelayers._checks import at_least_float32, finite_number, one_of, positive_int, positive_number, state
 from odelayers._evaluator import Evaluator
 from odelayers._field import Field, as_rows
-from odelayers._jacobian import jacobian, linearization
+from odelayers._jacobian import jacobian
 from odelayers._linalg import check_rows_finite, gershgorin
+from odelayers._linearize import linearization
 
 __all__ = [
     "JacobianRegularizer",
@@ -146,9 +147,8 @@ class LyapunovRegularizer:
             rows = torch.randperm(len(z), generator=generator, device=device)[: self.samples].to(z.device)
             some, points = field.take(rows, len(z)), z[rows]
         centres, radii = _discs(some, points, t, self.axis)  # first: it refuses BatchNorm before its statistics move
-        velocity = at_least_float32(Evaluator(field, len(z))(t, z))
         return LyapunovTerms(
-            field=(self.field_scale * velocity).square().mean(),
+            field=(self.field_scale * at_least_float32(Evaluator(field, len(z))(t, z))).square().mean(),
             diagonal=_tame_exp(self.diagonal_scale * (centres + self.diagonal_margin)).mean(),
             dominance=_tame_exp(self.dominance_scale * (radii - centres.abs() + self.dominance_margin)).mean(),
         )
@@ -281,11 +281,11 @@ class LyaNetRegularizer:
 
 
 def _discs(field: Field, z: Tensor, t: Tensor | float, axis: str) -> tuple[Tensor, Tensor]:
-    """The Gershgorin discs of the Jacobians, (B, D) each; without the Jacobians where they are diag(s) W."""
+    """The Gershgorin discs of the Jacobians, (B, D) each; without the Jacobians where they are one diag(s) W."""
     factors = linearization(field, z, t)
-    if factors is None:
+    if factors is None or len(factors) > 1 or factors[0].slopes is None:
         return gershgorin(at_least_float32(jacobian(field, z, t)), axis)
-    slopes, matrix = map(at_least_float32, factors)
+    slopes, matrix = at_least_float32(factors[0].slopes), at_least_float32(factors[0].matrix)
     check_rows_finite(slopes, f"LyapunovRegularizer: field {field.name}: linearize")
     diagonal, radii = gershgorin(matrix, axis)
     if axis == "row":

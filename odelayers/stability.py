@@ -14,6 +14,7 @@ from odelayers._checks import finite_number, half_precision, positive_int, state
 from odelayers._driver import Clock
 from odelayers._evaluator import Evaluator
 from odelayers._field import Field, as_rows
+from odelayers._hurwitz import is_hurwitz
 from odelayers._jacobian import jacobian, value_and_jacobian
 from odelayers._linalg import eigenvalues, gershgorin, log_norm, spectral_abscissa
 from odelayers._solvers.fixed import RK4
@@ -22,6 +23,7 @@ __all__ = [
     "StabilityReport",
     "check_stability",
     "gershgorin",
+    "is_hurwitz",
     "jacobian",
     "log_norm",
     "lyapunov_exponents",

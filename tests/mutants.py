@@ -13,7 +13,8 @@ from cosmic_ray import plugins
 from cosmic_ray.ast import ast_nodes, get_ast
 from cosmic_ray.mutating import mutate_code
 
-MODULES = ("_solvers/*.py", "_gradients/*.py", "_jacobian.py", "_linalg.py", "stability.py", "regularizers.py")
+MODULES = ("_solvers/*.py", "_gradients/*.py", "_jacobian.py", "_linearize.py", "_krylov.py", "_linalg.py")
+MODULES += ("_squaring.py", "_hurwitz.py", "stability.py", "regularizers.py")
 OWN = {  # the tests that know a module best come first
     "_solvers/adaptive.py": "solvers first_step step_control times faults isolate gradients",
     "_solvers/base.py": "solvers isolate faults running times gradients",
@@ -25,7 +26,11 @@ OWN = {  # the tests that know a module best come first
     "_gradients/adjoint.py": "adjoint gradients recompute",
     "_gradients/": "gradients recompute adjoint",
     "_jacobian.py": "jacobian regularizers stability",
+    "_linearize.py": "linearize jacobian regularizers",
+    "_krylov.py": "krylov",
     "_linalg.py": "linalg stability",
+    "_squaring.py": "theory_squaring conventions",
+    "_hurwitz.py": "hurwitz",
     "stability.py": "stability theorems",
     "regularizers.py": "regularizers running",
 }

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -13,12 +12,10 @@ from hypothesis import given, settings, strategies as st
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from odelayers import Dopri5, ODEBlock, gershgorin, jacobian, log_norm, spectral_abscissa, spectrum
-from odelayers._linalg import _abscissa_by_squaring
+from odelayers import Dopri5, ODEBlock, gershgorin, jacobian, spectral_abscissa, spectrum
 from strategies import Bounded, bounded_fields, seeds, states
 
 F64 = torch.float64
-EPS = torch.finfo(F64).eps
 TIGHT = Dopri5(rtol=1e-10, atol=1e-10)
 
 
@@ -145,138 +142,3 @@ def test_eigenvalues_have_no_order() -> None:
     """Control: diag(1, 2) and diag(2, 1) have one spectrum, and by index it differs by 1."""
     one, two = (spectrum(lambda z, d=d: z * torch.tensor(d, dtype=F64), states(1, 2, 0))[0] for d in ([1, 2], [2, 1]))
     assert matched(one, two) < 1e-12 and (one - two).abs().max() == pytest.approx(1.0)
-
-
-# 7. The spectral bound by squaring
-
-
-def eigenvalue_blocks(n: int, seed: int, speed: float) -> tuple[Tensor, float]:
-    """A block diagonal normal matrix, rotating at about `speed` in its planes, and its abscissa."""
-    real = random(n, seed=seed)
-    D = torch.diag(real)
-    for i in range(0, n - 1, 2):
-        D[i + 1, i + 1] = D[i, i]
-        D[i, i + 1], D[i + 1, i] = speed * real[i + 1], -speed * real[i + 1]
-    return D, D.diagonal().max().item()
-
-
-@settings(max_examples=60)
-@given(seeds, st.integers(1, 12), st.floats(0.0, 3.0), st.sampled_from([0.0, 1.0, 100.0]), st.integers(-100, 100))
-def test_squaring_bounds_a_known_abscissa(seed: int, n: int, log_condition: float, speed: float, exponent: int) -> None:
-    """e^(t abscissa) <= |e^(tA)| (Gelfand): above a known abscissa but for rounding, and as near as documented."""
-    D, abscissa = eigenvalue_blocks(n, seed, speed)
-    stretch = torch.logspace(0, log_condition, n, dtype=F64)
-    V = orthogonal(n, seed + 1) * stretch @ orthogonal(n, seed + 2)
-    A = V @ D @ torch.linalg.inv(V)
-    condition = 10**log_condition if n > 1 else 1.0
-    rounding, t = 8 * n * EPS * A.norm().item() * condition, 2**24 / A.norm().item()
-    found = spectral_abscissa(A * 2.0**exponent, method="squaring").item() / 2.0**exponent
-    assert abscissa - rounding <= found <= abscissa + math.log(condition * n**0.5) / t + rounding
-
-
-@settings(max_examples=40)
-@given(seeds, st.integers(2, 5), st.floats(-2.0, 2.0))
-def test_squaring_bounds_the_abscissa_of_a_jordan_block(seed: int, m: int, value: float) -> None:
-    """|e^(tA)| grows like t^(m-1): the bound is not below, and above by a root of the rounding."""
-    Q = orthogonal(m, seed)
-    A = Q @ (value * torch.eye(m, dtype=F64) + torch.diag(torch.ones(m - 1, dtype=F64), 1)) @ Q.T
-    margin = 8 * (m * EPS) ** (1 / (2 * m - 2)) * A.norm().item()
-    found = spectral_abscissa(A, method="squaring").item()
-    assert (
-        value - 8 * m * EPS * A.norm().item() <= found <= value + margin + m * math.log(2**24) * A.norm().item() / 2**24
-    )
-
-
-@settings(max_examples=25)
-@given(seeds, st.integers(2, 8), st.floats(0.3, 2.0))
-def test_each_squaring_halves_the_gap_of_a_diagonalisable_matrix(seed: int, n: int, slope: float) -> None:
-    """|e^(tA)| tends to |P| e^(t abscissa), P the projector on the first mode: the gap is log|P| / t (2^-k)."""
-    V = orthogonal(n, seed) * torch.logspace(0, slope, n, dtype=F64) @ orthogonal(n, seed + 1)
-    A = V @ torch.diag(-torch.arange(n, dtype=F64)) @ torch.linalg.inv(V)
-    projector = torch.linalg.matrix_norm(V[:, :1] @ torch.linalg.inv(V)[:1]).item()
-    for k in (12, 13, 16):
-        gap = _abscissa_by_squaring(A, k).item() * 2**k / A.norm().item()
-        assert gap == pytest.approx(math.log(projector), abs=2**k * 8 * n * EPS * 10**slope + 1e-9)
-
-
-def test_the_gap_of_a_jordan_block_falls_more_slowly() -> None:
-    """Control: for [[0, 1], [0, 0]] |e^(tA)| grows like t: the gap is log(t) / t and no squaring halves it."""
-    A = torch.tensor([[0.0, 1.0], [0.0, 0.0]], dtype=F64)
-    for k in (8, 12, 16):
-        now, then = (_abscissa_by_squaring(A, j).item() for j in (k, k + 1))
-        assert now == pytest.approx(math.log(math.hypot(2**k, 2**0.5)) / 2**k, rel=1e-6)
-        assert now / then < 1.9
-
-
-def test_the_trace_is_no_such_bound() -> None:
-    """Control: with the trace in place of a norm a rotation cancels, log|tr e^(tA)| / t < 0 = abscissa at t = 1.5."""
-    A = torch.tensor([[0.0, 1.0], [-1.0, 0.0]], dtype=F64)
-    assert torch.linalg.matrix_exp(1.5 * A).trace().abs().log().item() / 1.5 < -1
-    assert spectral_abscissa(A, method="squaring").item() == pytest.approx(0.0, abs=1e-6)
-
-
-def low_precision(product: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
-    """A product whose factors have 10 bits of mantissa, as TF32's have."""
-
-    def rounded(x: Tensor) -> Tensor:
-        mantissa, exponent = torch.frexp(x)
-        return torch.ldexp((mantissa * 2**11).round() / 2**11, exponent)
-
-    return lambda a, b: product(rounded(a), rounded(b))
-
-
-def test_products_as_short_as_tf32_s_leave_the_margin(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Control: factors of 10 bits put the result off by over a hundred times the margin; float64's stay inside."""
-    D, abscissa = eigenvalue_blocks(8, 0, 1.0)
-    Q = orthogonal(8, 1)
-    A = Q @ D @ Q.T
-    margin = 8 * 8 * EPS * A.norm().item() + math.log(8**0.5) * A.norm().item() / 2**24
-    assert abs(spectral_abscissa(A, method="squaring").item() - abscissa) <= margin
-    monkeypatch.setattr(Tensor, "__matmul__", low_precision(Tensor.__matmul__))
-    assert abs(spectral_abscissa(A, method="squaring").item() - abscissa) > 100 * margin
-
-
-def test_squaring_takes_what_eigenvalues_take() -> None:
-    """Batches of any shape, empty ones, 0, half precision, complex entries, numbers near the limits; NaN is refused."""
-    J = random(2, 3, 5, 5, seed=0)
-    for matrices in (J, J.float(), J.half(), J.bfloat16(), torch.complex(J, J.flip(0)), 1e300 * J, 1e-300 * J, 0 * J):
-        found, exact = (spectral_abscissa(matrices, method=method) for method in ("squaring", "eig"))
-        assert found.shape == (2, 3) and found.dtype == exact.dtype
-        size = matrices.abs().amax().to(exact.dtype)
-        assert ((found - exact).abs() <= (1e-5 if exact.dtype == F64 else 2e-5) * size).all()
-    assert spectral_abscissa(torch.zeros(0, 3, 3), method="squaring").shape == (0,)
-    with pytest.raises(ValueError, match=r"1 of 2 rows \(1\)"):
-        spectral_abscissa(torch.tensor([[[1.0]], [[math.nan]]]), method="squaring")
-
-
-def test_the_bound_s_gradient_is_the_abscissa_s() -> None:
-    """d abscissa / dA = the projector on the rightmost mode, transposed; by both methods."""
-    A = random(3, 4, 4, seed=1).requires_grad_()
-    by = [torch.autograd.grad(spectral_abscissa(A, method=m).sum(), A)[0] for m in ("squaring", "eig")]
-    torch.testing.assert_close(by[0], by[1], rtol=0, atol=1e-5)
-
-
-@pytest.mark.cuda
-def test_squaring_runs_on_cuda_whatever_the_precision_setting() -> None:
-    """On CUDA float32 matrices give the CPU's bound, TF32 allowed or not."""
-    J = random(64, 16, 16, seed=0).float()
-    before = torch.get_float32_matmul_precision()
-    try:
-        for precision in ("highest", "high"):
-            torch.set_float32_matmul_precision(precision)
-            found = spectral_abscissa(J.cuda(), method="squaring")
-            assert found.is_cuda
-            torch.testing.assert_close(found.cpu(), spectral_abscissa(J, method="squaring"), rtol=1e-6, atol=1e-6)
-    finally:
-        torch.set_float32_matmul_precision(before)
-
-
-@settings(max_examples=25)
-@given(bounded_fields(), seeds)
-def test_the_bounds_on_a_jacobian_agree_in_order(case: Bounded, seed: int) -> None:
-    """abscissa <= squaring <= log norm, at points of a network (|e^(tJ)| <= e^(mu t))."""
-    J = jacobian(case.f, states(4, case.dim, seed)).detach()
-    exact, bound = spectral_abscissa(J), spectral_abscissa(J, method="squaring")
-    slack = 1e-6 * (1 + J.norm(dim=(1, 2)))
-    assert (exact <= bound + slack).all()
-    assert all((bound <= log_norm(J, p) + slack).all() for p in (1, 2, math.inf))
