@@ -169,7 +169,8 @@ class Block(nn.Module):
         """The solution where no time passes or no sample is there: the field is not evaluated."""
         zs = torch.stack([z0] * len(times.solver))
         nothing = torch.zeros(len(z0), dtype=torch.long, device=z0.device)
-        stats = Stats(0, 0, 0, nothing, torch.full_like(nothing, torch.nan, dtype=torch.get_default_dtype()))
+        never = torch.full_like(nothing, torch.nan, dtype=torch.get_default_dtype())
+        stats = Stats(0, 0, 0, nothing, never, nothing.clone())
         totals = tuple(z0.new_zeros(len(z0)) for _ in running)
         return Solution(times.reported, self._leave(zs if half is None else zs.to(half)), stats, totals)
 
