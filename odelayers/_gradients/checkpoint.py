@@ -90,7 +90,7 @@ class _Solve:
             outputs.extend(taken.outputs)
         self.setting.check_still()
         path = self.solver.path(z0, self.steps, outputs, rejected)
-        self.path = replace(path, zs=path.zs[:0])
+        self.path = replace(path, zs=z0.new_empty(0))  # the states would hold this solve, and be held by it
         return path.zs
 
     def backward(self, z0: Tensor, gradient: Tensor) -> list[Tensor | None]:

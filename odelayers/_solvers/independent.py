@@ -7,14 +7,15 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from odelayers._driver import Driver
 from odelayers._evaluator import Evaluator
 from odelayers._solvers.base import MarchingSolver, Norm, Path, State, Taken
-from odelayers._solvers.control import RowClocks, Verdict, first_guess, nonfinite_start, second_guess
-from odelayers._solvers.rows import Failed, Part, RowStep, Try, column, failed_rows, failure, passed
+from odelayers._solvers.control import RowClocks, Rows, first_guess, nonfinite_start, second_guess
+from odelayers._solvers.rows import Failed, Part, RowStep, Try, column, failed_rows, failure, on, passed, pick
 from odelayers._solvers.stages import Stages, stages_like
 
 if TYPE_CHECKING:
@@ -40,13 +41,13 @@ class Independent(MarchingSolver):
         return z0, driver.terms(f, column(z0.new_full((len(z0),), t0), z0.ndim), z0)[0]
 
     def march(self, f: Evaluator, z0: Tensor, ts: Sequence[float], driver: Driver, norm: Norm) -> Iterator[Taken]:
-        pair, device, failures = self.pair, z0.device, list[Failed]()
+        pair, failures = self.pair, list[Failed]()
         pair.refuse_vmap(z0)
-        tolerances = pair.tolerances(f, z0)
+        tolerances, share = pair.tolerances(f, z0), 0 if torch.is_grad_enabled() else DONE
         state = self.start(f, ts[0], z0, driver)
         h = self._first_steps(f, state, ts[0], ts[-1], driver, norm, *tolerances)
-        clocks = RowClocks(ts[0], ts[-1], h, pair.tableau.order, pair.max_steps)
-        part, stages = Part(f, driver, clocks.rows, device), stages_like(z0, len(pair.tableau.c))
+        clocks = RowClocks(ts, h, pair.tableau.order, pair.max_steps)
+        part, stages = Part(f, driver, clocks.rows, z0), stages_like(z0, len(pair.tableau.c))
         while len(clocks.rows):
             grid = self._grid(clocks.t, clocks.lengths(), z0)
             attempt = self._attempt(part, state, grid, stages)
@@ -54,44 +55,57 @@ class Independent(MarchingSolver):
             verdict = clocks.judge(error)
             if verdict.failed.any():
                 failures += failed_rows(state, attempt, error, clocks, verdict)
-            keep = verdict.kept(DONE)
-            if verdict.taken.any():
-                step = self._step(clocks, verdict, grid, keep, ts, f.batch)
-                after, outputs = self._take(f, step, state, driver, attempt)
-                yield Taken(step, state, after, outputs, 0)
+            keep = verdict.kept(share)
+            at = verdict.taken.nonzero()[0]
+            if len(at):
+                among = None if len(at) == len(clocks.rows) else at
+                outputs = passed(pair.tableau, clocks, verdict, f.batch)
+                step = RowStep(clocks.tried, clocks.rows[at], among, grid, keep, outputs)
+                after, found = self._take(f, step, state, driver, attempt, verdict.taken)
+                yield Taken(step, state, after, found, 0)
                 state = after
-            elif keep is not None:
-                state = tuple(x[keep.to(device)] for x in state)
+            else:
+                state = pick(state, keep)
             if keep is not None:
                 clocks.go_on(keep)
-                part, stages = Part(f, driver, clocks.rows, device), stages_like(state[0], len(pair.tableau.c))
+                part, stages = Part(f, driver, clocks.rows, z0), stages_like(state[0], len(pair.tableau.c))
         if failures:
             raise failure(pair, f, z0, failures, driver)
 
     def again(self, f: Evaluator, step: Any, before: State, driver: Driver) -> tuple[State, list[Tensor]]:
-        rows = before if step.among is None else tuple(x[step.among] for x in before)
-        part, stages = Part(f, driver, step.rows, rows[0].device), stages_like(rows[0], len(self.pair.tableau.c))
-        attempt = self._attempt(part, rows, step.grid, stages)
-        outputs = [] if step.outputs is None else [step.outputs.read(rows[0], attempt)]
-        return step.after(before, (attempt.z, attempt.k)), outputs
+        rows, grid = pick(before, step.among), step.grid
+        if step.among is not None:
+            grid = grid.index_select(1, on(grid, step.among))
+        stages = stages_like(rows[0], len(self.pair.tableau.c))
+        attempt = self._attempt(Part(f, driver, step.rows, rows[0]), rows, grid, stages)
+        after: State = (attempt.z, attempt.k)
+        if step.among is not None:
+            at = on(grid, step.among)
+            after = tuple(x.index_copy(0, at, y) for x, y in zip(before, after, strict=True))
+        outputs = [] if step.outputs is None else [step.outputs.read(rows[0], attempt, step.among)]
+        return pick(after, step.keep), outputs
 
     def path(self, z0: Tensor, steps: Sequence[Any], outputs: Sequence[Tensor], rejected: int) -> Path:
-        found, taken = torch.cat(list(outputs)), torch.zeros(len(z0), dtype=torch.long)
-        places = torch.cat([step.outputs.places for step in steps if step.outputs is not None])
-        zs = torch.empty_like(found).index_copy(0, places.to(z0.device), found).view(-1, *z0.shape)
+        found, taken = torch.cat(list(outputs)), np.zeros(len(z0), dtype=np.int64)
+        places = np.concatenate([step.outputs.places for step in steps if step.outputs is not None])
+        zs = torch.empty_like(found).index_copy(0, on(z0, places), found).view(-1, *z0.shape)
         for step in steps:
             taken[step.rows] += 1
         accepted = int(taken[steps[-1].rows].max())
-        return Path(torch.cat([z0.unsqueeze(0), zs]), accepted, steps[-1].tried - accepted, taken.to(z0.device))
+        return Path(torch.cat([z0.unsqueeze(0), zs]), accepted, steps[-1].tried - accepted, on(z0, taken))
 
     def spread(self, gradient: Tensor, steps: Sequence[Any]) -> list[list[Tensor]]:
         flat = gradient[1:].flatten(0, 1)
-        return [[] if s.outputs is None else [flat[s.outputs.places.to(flat.device)]] for s in steps]
+        return [[] if s.outputs is None else [flat.index_select(0, on(flat, s.outputs.places))] for s in steps]
 
-    def _grid(self, t: Tensor, h: Tensor, like: Tensor) -> Tensor:
+    def _grid(self, t: Rows, h: Rows, like: Tensor) -> Tensor:
         """The times of the stages and the signed lengths, in the state's dtype and on its device."""
-        c = t.new_tensor(self.pair.tableau.c).unsqueeze(1)
-        return torch.cat([t + c * h, h.unsqueeze(0)]).to(like.device, like.dtype)
+        c = np.array(self.pair.tableau.c)
+        grid = np.empty((len(c) + 1, len(t)))
+        np.multiply.outer(c, h, out=grid[:-1])
+        grid[:-1] += t
+        grid[-1] = h
+        return torch.from_numpy(grid).to(like.device, like.dtype)
 
     def _attempt(self, part: Part, before: State, grid: Tensor, stages: Stages) -> Try:
         """One step of each row; stages are scaled by the rows' lengths, so they combine as those of one length do."""
@@ -106,37 +120,27 @@ class Independent(MarchingSolver):
         return Try(at, k, stages, last)
 
     @torch.no_grad()
-    def _errors(self, attempt: Try, z: Tensor, norm: Norm, rtol: float, atol: float) -> Tensor:
+    def _errors(self, attempt: Try, z: Tensor, norm: Norm, rtol: float, atol: float) -> Rows:
         """The scaled errors of the rows, on the host."""
         zero = z.new_zeros(()).expand(z.numel())
         error = attempt.stages.combine(zero, self.pair.tableau.error, 1 / rtol).view(z.shape)
-        return norm(error.div_(torch.maximum(z.abs(), attempt.z.abs()).add_(atol / rtol))).cpu().double()
-
-    def _step(
-        self, clocks: RowClocks, verdict: Verdict, grid: Tensor, keep: Tensor | None, ts: Sequence[float], batch: int
-    ) -> RowStep:
-        """The step of the rows that took it."""
-        at, device = verdict.taken.nonzero().flatten(), grid.device
-        rows, keep = clocks.rows[at], None if keep is None else keep.to(device)
-        outputs = passed(self.pair.tableau, ts, batch, rows, verdict.begun[at], clocks.t[at], grid)
-        if len(at) == len(clocks.rows):
-            return RowStep(clocks.tried, rows, None, grid, keep, outputs)
-        among = at.to(device)
-        return RowStep(clocks.tried, rows, among, grid[:, among], keep, outputs)
+        error = norm(error.div_(torch.maximum(z.abs(), attempt.z.abs()).add_(atol / rtol)))
+        return error.cpu().double().numpy()
 
     def _take(
-        self, f: Evaluator, step: RowStep, before: State, driver: Driver, attempt: Try
+        self, f: Evaluator, step: RowStep, before: State, driver: Driver, attempt: Try, taken: Rows
     ) -> tuple[State, list[Tensor]]:
         """The state after the step and its outputs, from the try of all rows under way."""
-        if step.among is not None and torch.is_grad_enabled():
-            # Zero times what is infinite in a rejected try would be NaN in the gradient of every parameter: the rows
-            # that take the step take it again by themselves, and the try of all leaves no graph.
-            return self.again(f, step, before, driver)
-        found = (attempt.z, attempt.k)
+        after: State = (attempt.z, attempt.k)
         if step.among is not None:
-            found = attempt.z[step.among], attempt.k[step.among]
-        outputs = [] if step.outputs is None else [step.outputs.read(before[0], attempt, step.among)]
-        return step.after(before, found), outputs
+            if torch.is_grad_enabled():
+                # Zero times what is infinite in a rejected try would be NaN in the gradient of every parameter: the
+                # rows that take the step take it again by themselves, and the try of all leaves no graph.
+                return self.again(f, step, before, driver)
+            mask = column(on(before[0], taken), before[0].ndim)
+            after = tuple(torch.where(mask, x, y) for x, y in zip(after, before, strict=True))
+        outputs = [] if step.outputs is None else [step.outputs.read(before[0], attempt)]
+        return pick(after, step.keep), outputs
 
     @torch.no_grad()
     def _first_steps(
@@ -149,16 +153,17 @@ class Independent(MarchingSolver):
         norm: Norm,
         rtol: float,
         atol: float,
-    ) -> Tensor:
+    ) -> Rows:
         """The given first step, or Hairer's choice for each row; on the host."""
         z, k = before
         guess, span, way = first_guess(z, k, norm, rtol, atol), abs(t1 - t0), math.copysign(1.0, t1 - t0)
         if not bool((guess.h.isfinite() & guess.speed.isfinite()).all()):
             raise nonfinite_start(self.pair, f, z, k, guess, t0, driver)
         if self.pair.first_step is not None:
-            return torch.full((len(z),), min(self.pair.first_step, span), dtype=torch.float64, device="cpu")
+            return np.full(len(z), min(self.pair.first_step, span))
         h = guess.h.clamp(max=span)
         length = column(way * h, z.ndim)
         there = driver.terms(f, t0 + length, z + length * k)[0]
         fastest = torch.maximum(guess.speed, norm((there - k) / guess.scale) / h)
-        return second_guess(h.cpu().double(), fastest.cpu().double(), self.pair.tableau.order).clamp(max=span)
+        first = second_guess(h.cpu().double(), fastest.cpu().double(), self.pair.tableau.order).clamp(max=span)
+        return first.numpy()

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,7 +14,7 @@ from odelayers._evaluator import Evaluator
 from odelayers._field import as_rows
 from odelayers._solution import SolveError, Status
 from odelayers._solvers.base import Solver, State, fail
-from odelayers._solvers.control import STABILITY_LIMIT, RowClocks, Verdict
+from odelayers._solvers.control import STABILITY_LIMIT, RowClocks, Rows, Verdict
 from odelayers._solvers.stages import Stages
 from odelayers._solvers.tableau import Tableau
 
@@ -26,14 +26,27 @@ def column(per_row: Tensor, ndim: int) -> Tensor:
     return per_row.reshape(*per_row.shape, *[1] * (ndim - 1))
 
 
+def on(like: Tensor, x: Rows) -> Tensor:
+    """An array of the host as a tensor on the state's device."""
+    return torch.from_numpy(np.ascontiguousarray(x)).to(like.device)
+
+
+def pick(state: State, places: Rows | None) -> State:
+    """These rows of a state; None: all of them."""
+    if places is None:
+        return state
+    at = on(state[0], places)
+    return tuple(x.index_select(0, at) for x in state)
+
+
 class Part:
     """Field and driver for some rows of the batch; evaluations count as the whole batch's."""
 
-    def __init__(self, f: Evaluator, driver: Driver, rows: Tensor, device: torch.device) -> None:
-        self.whole = self.f = f
-        self.driver = driver
+    def __init__(self, f: Evaluator, driver: Driver, rows: Rows, like: Tensor) -> None:
+        self.whole, self.f, self.driver = f, f, driver
         if len(rows) < f.batch:
-            self.f, self.driver = f.take(rows.to(device)), driver.take(rows.to(device))
+            at = on(like, rows)
+            self.f, self.driver = f.take(at), driver.take(at)
 
     def rate(self, s: Tensor, z: Tensor) -> Tensor:
         """dz/ds of these rows at their own times s."""
@@ -68,23 +81,25 @@ class Try(NamedTuple):
 class Outputs(NamedTuple):
     """The outputs of a step: their places among the solve's, first those at its end, then those on the way.
 
-    `ends` and `inner` are the rows of the step that have them, `weights` those of the stages on the way.
+    `ends` and `inner` are the places, in the state before it, of the rows that have them, `weights` those of the
+    stages on the way.
     """
 
-    places: Tensor
-    ends: Tensor
-    inner: Tensor
-    weights: Tensor
+    places: Rows
+    ends: Rows
+    inner: Rows
+    weights: Rows
 
-    def read(self, z: Tensor, attempt: Try, among: Tensor | None = None) -> Tensor:
-        """The states there, from the state before and the try; `among` says which of its rows took the step."""
-        ends, inner = (self.ends, self.inner) if among is None else (among[self.ends], among[self.inner])
-        found = attempt.z[ends]
+    def read(self, z: Tensor, attempt: Try, among: Rows | None = None) -> Tensor:
+        """The states there, from the state before and the try; `among`: the try was of these rows alone."""
+        ends, inner = (x if among is None else among.searchsorted(x) for x in (self.ends, self.inner))
+        found = attempt.z.index_select(0, on(z, ends))
         if not len(inner):
             return found
-        used = range(self.weights.shape[1])
-        stages = torch.stack([attempt.stages.get(i) for i in used]).view(-1, *z.shape)[:, inner]
-        return torch.cat([found, z[inner] + (column(self.weights.T, z.ndim) * stages).sum(dim=0)])
+        at, weights = on(z, inner), on(z, self.weights.T).to(z.dtype)
+        stages = torch.stack([attempt.stages.get(i) for i in range(len(weights))]).view(-1, *z.shape)
+        change = (column(weights, z.ndim) * stages.index_select(1, at)).sum(dim=0)
+        return torch.cat([found, z.index_select(0, at) + change])
 
 
 class RowStep(NamedTuple):
@@ -92,47 +107,38 @@ class RowStep(NamedTuple):
 
     Attributes:
         tried: steps tried so far by each row under way.
-        rows: the rows of the batch that take it, on the host.
-        among: their places among the rows of the state before it; None: all of them.
-        grid: `(stages + 1, rows)` the times of the stages, in the last line the lengths.
+        rows: the rows of the batch that take it.
+        among: their places in the state before it; None: they are all of its rows.
+        grid: `(stages + 1, rows of the state)` the times of the stages, in the last line the lengths.
         keep: the places of the rows of the state that go on after it; None: all of them.
         outputs: its outputs, None where it has none.
     """
 
     tried: int
-    rows: Tensor
-    among: Tensor | None
+    rows: Rows
+    among: Rows | None
     grid: Tensor
-    keep: Tensor | None
+    keep: Rows | None
     outputs: Outputs | None
 
-    def after(self, before: State, found: State) -> State:
-        """The state after it: `found` for the rows that took it, of those that go on."""
-        if self.among is not None:
-            found = tuple(x.index_copy(0, self.among, y) for x, y in zip(before, found, strict=True))
-        return found if self.keep is None else tuple(x[self.keep] for x in found)
 
-
-def passed(
-    tableau: Tableau, ts: Sequence[float], batch: int, rows: Tensor, begun: Tensor, ended: Tensor, like: Tensor
-) -> Outputs | None:
-    """The output times that rows pass on their way from `begun` to `ended`, or end at."""
-    times, way = begun.new_tensor(ts[1:]), math.copysign(1.0, ts[-1] - ts[0])
-    first, beyond = (torch.searchsorted(times * way, t * way, right=True) for t in (begun, ended))
-    count = beyond - first
-    if not count.any():
+def passed(tableau: Tableau, clocks: RowClocks, verdict: Verdict, batch: int) -> Outputs | None:
+    """The output times that the rows of a step pass on its way or end it at; the clocks are moved past them."""
+    if not verdict.passed.any():
         return None
-    who = torch.arange(len(count), device=count.device).repeat_interleave(count)
-    which = first[who] + torch.arange(len(who), device=who.device) - (count.cumsum(0) - count)[who]
-    on_the_way = times[which] != ended[who]
-    order = on_the_way.to(torch.int8).argsort(stable=True)
-    who, which, ends = who[order], which[order], len(who) - int(on_the_way.sum())
-    inner = who[ends:]
-    theta = (times[which[ends:]] - begun[inner]) / (ended - begun)[inner]
-    dense = theta.new_tensor(tableau.dense)
-    weights = theta.unsqueeze(1).pow(torch.arange(1, dense.shape[1] + 1, device=theta.device)) @ dense.T
-    device = like.device
-    return Outputs(which * batch + rows[who], who[:ends].to(device), inner.to(device), weights.to(device, like.dtype))
+    at, ts, way = verdict.passed.nonzero()[0], clocks.ts, clocks.way
+    first, beyond = clocks.reached[at], (ts * way).searchsorted(clocks.t[at] * way, side="right")
+    clocks.reached[at] = beyond
+    who, count = at.repeat(beyond - first), beyond - first
+    which = first.repeat(count) + np.arange(len(who)) - (count.cumsum() - count).repeat(count)
+    inside = ts[which] != clocks.t[who]
+    order = inside.argsort(kind="stable")
+    who, which, ends = who[order], which[order], len(who) - np.count_nonzero(inside)
+    inner, begun = who[ends:], verdict.begun[who[ends:]]
+    theta = (ts[which[ends:]] - begun) / (clocks.t[inner] - begun)
+    dense = np.array(tableau.dense)
+    weights = theta[:, None] ** np.arange(1, dense.shape[1] + 1) @ dense.T
+    return Outputs((which - 1) * batch + clocks.rows[who], who[:ends], inner, weights)
 
 
 class Failed(NamedTuple):
@@ -146,20 +152,20 @@ class Failed(NamedTuple):
 
 
 @torch.no_grad()
-def failed_rows(before: State, attempt: Try, error: Tensor, clocks: RowClocks, verdict: Verdict) -> list[Failed]:
+def failed_rows(before: State, attempt: Try, error: Rows, clocks: RowClocks, verdict: Verdict) -> list[Failed]:
     """The rows that failed in a try, each with its cause."""
-    at = verdict.failed.nonzero().flatten()
-    rows, t, h = at.to(before[0].device), clocks.t[at], clocks.h[at]
+    at = verdict.failed.nonzero()[0]
+    rows, t, h = on(before[0], at), clocks.t[at], clocks.h[at]
     change = (attempt.stages.get(-1) - attempt.stages.get(-2)).view(before[0].shape)
     z, k, moved, changed = (as_rows(x)[rows].cpu().double() for x in (*before, attempt.z - attempt.last, change))
     # |h lambda| from two stages at one time (Hairer and Wanner, IV.2); NaN where they are at one state
-    reach = verdict.factor[at] * changed.norm(dim=1) / moved.norm(dim=1)
-    small = z.norm(dim=1) < 1e-6 * t.abs().clamp(min=1e-6) * k.norm(dim=1)
+    reach = torch.from_numpy(verdict.factor[at]) * changed.norm(dim=1) / moved.norm(dim=1)
+    small = z.norm(dim=1) < 1e-6 * torch.from_numpy(np.maximum(abs(t), 1e-6)) * k.norm(dim=1)
     runaway = small & ((z * k).sum(dim=1) * clocks.way > 0)
     spent = Status.MAX_STEPS if clocks.tried >= clocks.max_steps else Status.STEP_UNDERFLOW
-    status = torch.full_like(at, int(spent))
-    status[reach.isfinite() & (reach > STABILITY_LIMIT)] = int(Status.STIFF)
-    status[runaway | ~error[at].isfinite()] = int(Status.BLOW_UP)
+    status = np.full(len(at), int(spent))
+    status[(reach.isfinite() & (reach > STABILITY_LIMIT)).numpy()] = Status.STIFF
+    status[runaway.numpy() | ~np.isfinite(error[at])] = Status.BLOW_UP
     lists = [x.tolist() for x in (clocks.rows[at], t, status, h)]
     return [Failed(row, t, status, clocks.tried, h) for row, t, status, h in zip(*lists, strict=True)]
 
@@ -167,8 +173,10 @@ def failed_rows(before: State, attempt: Try, error: Tensor, clocks: RowClocks, v
 def failure(solver: Solver, f: Evaluator, z0: Tensor, failures: Sequence[Failed], driver: Driver) -> SolveError:
     """The error for the rows that failed for the reason of the first; others fail again when solved without them."""
     first = failures[0]
-    alike = [x for x in failures if x.status == first.status]
-    s = torch.full((len(z0),), torch.nan, dtype=torch.float64)
-    s[[x.row for x in alike]] = torch.tensor([x.t for x in alike], dtype=s.dtype)
+    s = np.full(len(z0), np.nan)
+    for x in failures:
+        if x.status == first.status:
+            s[x.row] = x.t
     note = f"after {first.tried} steps tried, the last of length {first.h:.3g}"
-    return fail(solver, f, s.isfinite(), column(s, z0.ndim).to(z0.device), driver, Status(first.status), note)
+    times = column(on(z0, s), z0.ndim)
+    return fail(solver, f, on(z0, np.isfinite(s)), times, driver, Status(first.status), note)
