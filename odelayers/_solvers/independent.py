@@ -15,8 +15,21 @@ from odelayers._driver import Driver
 from odelayers._evaluator import Evaluator
 from odelayers._solvers.base import MarchingSolver, Norm, Path, State, Taken
 from odelayers._solvers.control import RowClocks, Rows, first_guess, nonfinite_start, second_guess
-from odelayers._solvers.rows import Failed, Part, RowStep, Try, column, failed_rows, failure, on, passed, pick
-from odelayers._solvers.stages import Stages, stages_like
+from odelayers._solvers.rows import (
+    Failed,
+    Part,
+    RowStep,
+    Scaled,
+    ScaledRecord,
+    Try,
+    column,
+    failed_rows,
+    failure,
+    on,
+    passed,
+    pick,
+    scaled_stages,
+)
 
 if TYPE_CHECKING:
     from odelayers._solvers.adaptive import AdaptiveRungeKutta
@@ -47,7 +60,7 @@ class Independent(MarchingSolver):
         state = self.start(f, ts[0], z0, driver)
         h = self._first_steps(f, state, ts[0], ts[-1], driver, norm, *tolerances)
         clocks = RowClocks(ts, h, pair.tableau.order, pair.max_steps)
-        part, stages = Part(f, driver, clocks.rows, z0), stages_like(z0, len(pair.tableau.c))
+        part, stages = Part(f, driver, clocks.rows, z0), scaled_stages(z0, len(pair.tableau.c))
         while len(clocks.rows):
             grid = self._grid(clocks.t, clocks.lengths(), z0)
             attempt = self._attempt(part, state, grid, stages)
@@ -68,7 +81,7 @@ class Independent(MarchingSolver):
                 state = pick(state, keep)
             if keep is not None:
                 clocks.go_on(keep)
-                part, stages = Part(f, driver, clocks.rows, z0), stages_like(state[0], len(pair.tableau.c))
+                part, stages = Part(f, driver, clocks.rows, z0), scaled_stages(state[0], len(pair.tableau.c))
         if failures:
             raise failure(pair, f, z0, failures, driver)
 
@@ -76,7 +89,7 @@ class Independent(MarchingSolver):
         rows, grid = pick(before, step.among), step.grid
         if step.among is not None:
             grid = grid.index_select(1, on(grid, step.among))
-        stages = stages_like(rows[0], len(self.pair.tableau.c))
+        stages = scaled_stages(rows[0], len(self.pair.tableau.c))
         attempt = self._attempt(Part(f, driver, step.rows, rows[0]), rows, grid, stages)
         after: State = (attempt.z, attempt.k)
         if step.among is not None:
@@ -107,16 +120,16 @@ class Independent(MarchingSolver):
         grid[-1] = h
         return torch.from_numpy(grid).to(like.device, like.dtype)
 
-    def _attempt(self, part: Part, before: State, grid: Tensor, stages: Stages) -> Try:
+    def _attempt(self, part: Part, before: State, grid: Tensor, stages: Scaled | ScaledRecord) -> Try:
         """One step of each row; stages are scaled by the rows' lengths, so they combine as those of one length do."""
         z, k = before
         flat, at, last = z.reshape(-1), z, z
-        s = column(grid, z.ndim)
-        stages.put(0, (k * s[-1]).reshape(-1))
+        *s, h = column(grid, z.ndim).unbind(0)
+        stages.put_scaled(0, k, h)
         for i, row in enumerate(self.pair.tableau.a, start=1):
             last, at = at, stages.combine(flat, row, 1.0).view(z.shape)
             k = part.rate(s[i], at)
-            stages.put(i, (k * s[-1]).reshape(-1))
+            stages.put_scaled(i, k, h)
         return Try(at, k, stages, last)
 
     @torch.no_grad()

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from odelayers._driver import Driver
-from odelayers._evaluator import Evaluator
+from odelayers._evaluator import Evaluator, traced
 from odelayers._field import as_rows
 from odelayers._solution import SolveError, Status
 from odelayers._solvers.base import Solver, State, fail
 from odelayers._solvers.control import STABILITY_LIMIT, RowClocks, Rows, Verdict
-from odelayers._solvers.stages import Stages
+from odelayers._solvers.stages import Buffered, Recorded
 from odelayers._solvers.tableau import Tableau
 
 __all__ = ["Failed", "Outputs", "Part", "RowStep", "Try", "column", "failed_rows", "failure", "passed"]
@@ -69,12 +69,37 @@ class Part:
         )
 
 
+class Scaled(Buffered):
+    """A buffer of stages that are scaled, each row by its own step length, as they are written."""
+
+    def __init__(self, like: Tensor, stages: int) -> None:
+        super().__init__(like, stages)
+        self._shaped = [self.get(i).view(like.shape) for i in range(stages)]
+
+    def put_scaled(self, i: int, k: Tensor, h: Tensor) -> None:
+        """Write stage i times h."""
+        torch.mul(k, h, out=self._shaped[i])
+
+
+class ScaledRecord(Recorded):
+    """A list of stages that are scaled, each row by its own step length, as they are appended."""
+
+    def put_scaled(self, i: int, k: Tensor, h: Tensor) -> None:
+        """Append stage i times h."""
+        self.put(i, (k * h).reshape(-1))
+
+
+def scaled_stages(like: Tensor, stages: int) -> Scaled | ScaledRecord:
+    """A buffer where nothing is recorded, a list under autograd or a transform."""
+    return ScaledRecord() if torch.is_grad_enabled() or traced() else Scaled(like, stages)
+
+
 class Try(NamedTuple):
     """An attempted step: the result and its slope, the stages times the length, the state of the last but one."""
 
     z: Tensor
     k: Tensor
-    stages: Stages
+    stages: Scaled | ScaledRecord
     last: Tensor
 
 
