@@ -78,7 +78,7 @@ class _Solve:
         How many steps there will be is not known: where more than KEEP or 2 stride states are kept, every second is
         dropped, so n steps keep between sqrt(n / 2) and sqrt(2 n) of them.
         """
-        outputs, rejected, stride = list[Tensor](), 0, 1
+        trace, stride = self.solver.trace(z0), 1
         for i, taken in enumerate(self.solver.march(self.f, z0, self.ts, self.driver, row_rms)):
             self.steps.append(taken.step)
             if i % stride == 0:
@@ -86,10 +86,9 @@ class _Solve:
             if len(self.kept) > max(KEEP, 2 * stride):
                 stride *= 2
                 self.kept = {j: state for j, state in self.kept.items() if j % stride == 0}
-            rejected += taken.rejected
-            outputs.extend(taken.outputs)
+            trace.add(taken)
         self.setting.check_still()
-        path = self.solver.path(z0, self.steps, outputs, rejected)
+        path = trace.path()
         self.path = replace(path, zs=z0.new_empty(0))  # the states would hold this solve, and be held by it
         return path.zs
 

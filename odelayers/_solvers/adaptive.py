@@ -14,7 +14,7 @@ from odelayers._checks import one_of, positive_int, positive_number
 from odelayers._driver import Driver
 from odelayers._evaluator import Evaluator, vmapped
 from odelayers._solution import SolveError, Status
-from odelayers._solvers.base import MarchingSolver, Norm, State, Step, Taken, fail
+from odelayers._solvers.base import MarchingSolver, Norm, Path, State, Step, Taken, fail, row_rms
 from odelayers._solvers.control import (
     GROW,
     SAFETY,
@@ -63,6 +63,11 @@ class AdaptiveRungeKutta(MarchingSolver):
     @property
     def marching(self) -> MarchingSolver:
         return Independent(self) if self.batch == "independent" else self
+
+    def integrate(self, f: Evaluator, z0: Tensor, ts: Sequence[float], driver: Driver, norm: Norm = row_rms) -> Path:
+        if self.batch == "independent":
+            return self.marching.integrate(f, z0, ts, driver, norm)
+        return super().integrate(f, z0, ts, driver, norm)
 
     def start(self, f: Evaluator, t0: float, z0: Tensor, driver: Driver) -> State:
         return z0, driver.terms(f, t0, z0)[0].reshape(-1)

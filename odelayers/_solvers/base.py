@@ -16,7 +16,7 @@ from odelayers._evaluator import Evaluator
 from odelayers._field import as_rows
 from odelayers._solution import SolveError, Status
 
-__all__ = ["MarchingSolver", "Norm", "Path", "Solver", "Step", "Taken", "fail", "row_rms"]
+__all__ = ["MarchingSolver", "Norm", "Path", "Solver", "Step", "Taken", "Trace", "fail", "row_rms"]
 
 State = tuple[Tensor, ...]
 Norm = Callable[[Tensor], Tensor]
@@ -56,6 +56,22 @@ class Path:
     accepted: int
     rejected: int
     steps: Tensor | None = None
+
+
+class Trace:
+    """What a march leaves behind: its outputs and how many steps it took."""
+
+    def __init__(self, z0: Tensor) -> None:
+        self.zs, self.accepted, self.rejected = [z0], 0, 0
+
+    def add(self, taken: Taken) -> None:
+        """One more step."""
+        self.zs.extend(taken.outputs)
+        self.accepted, self.rejected = self.accepted + 1, self.rejected + taken.rejected
+
+    def path(self) -> Path:
+        """The path when the march has ended."""
+        return Path(torch.stack(self.zs), self.accepted, self.rejected)
 
 
 class Solver(ABC):
@@ -99,9 +115,9 @@ class MarchingSolver(Solver):
         """The solver whose march this is: its own."""
         return self
 
-    def path(self, z0: Tensor, steps: Sequence[Any], outputs: Sequence[Tensor], rejected: int) -> Path:
-        """The path of a march from all its steps and their outputs."""
-        return Path(torch.stack([z0, *outputs]), len(steps), rejected)
+    def trace(self, z0: Tensor) -> Trace:
+        """What a march from z0 is written into."""
+        return Trace(z0)
 
     def spread(self, gradient: Tensor, steps: Sequence[Any]) -> list[list[Tensor]]:
         """The parts of a gradient of a path's states that arrive at the outputs of each step."""
@@ -109,12 +125,10 @@ class MarchingSolver(Solver):
         return [[next(after) for _ in step.outputs] for step in steps]
 
     def integrate(self, f: Evaluator, z0: Tensor, ts: Sequence[float], driver: Driver, norm: Norm = row_rms) -> Path:
-        march, steps, outputs, rejected = self.marching, [], list[Tensor](), 0
-        for taken in march.march(f, z0, ts, driver, norm):
-            steps.append(taken.step)
-            outputs.extend(taken.outputs)
-            rejected += taken.rejected
-        return march.path(z0, steps, outputs, rejected)
+        trace = self.trace(z0)
+        for taken in self.march(f, z0, ts, driver, norm):
+            trace.add(taken)
+        return trace.path()
 
 
 def fail(

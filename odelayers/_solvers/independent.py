@@ -13,18 +13,20 @@ from torch import Tensor
 
 from odelayers._driver import Driver
 from odelayers._evaluator import Evaluator
-from odelayers._solvers.base import MarchingSolver, Norm, Path, State, Taken
+from odelayers._solvers.base import MarchingSolver, Norm, Path, State, Taken, row_rms
 from odelayers._solvers.control import RowClocks, Rows, first_guess, nonfinite_start, second_guess
 from odelayers._solvers.rows import (
     Failed,
     Part,
     RowStep,
+    RowTrace,
     Scaled,
     ScaledRecord,
     Try,
     column,
     failed_rows,
     failure,
+    host,
     on,
     passed,
     pick,
@@ -62,7 +64,8 @@ class Independent(MarchingSolver):
         clocks = RowClocks(ts, h, pair.tableau.order, pair.max_steps)
         part, stages = Part(f, driver, clocks.rows, z0), scaled_stages(z0, len(pair.tableau.c))
         while len(clocks.rows):
-            grid = self._grid(clocks.t, clocks.lengths(), z0)
+            h = clocks.lengths()
+            grid = self._grid(clocks.t, h, z0)
             attempt = self._attempt(part, state, grid, stages)
             error = self._errors(attempt, state[0], norm, *tolerances)
             verdict = clocks.judge(error)
@@ -73,7 +76,7 @@ class Independent(MarchingSolver):
             if len(at):
                 among = None if len(at) == len(clocks.rows) else at
                 outputs = passed(pair.tableau, clocks, verdict, f.batch)
-                step = RowStep(clocks.tried, clocks.rows[at], among, grid, keep, outputs)
+                step = RowStep(clocks.tried, clocks.rows[at], among, verdict.begun[at], h[at], keep, outputs)
                 after, found = self._take(f, step, state, driver, attempt, verdict.taken)
                 yield Taken(step, state, after, found, 0)
                 state = after
@@ -86,26 +89,23 @@ class Independent(MarchingSolver):
             raise failure(pair, f, z0, failures, driver)
 
     def again(self, f: Evaluator, step: Any, before: State, driver: Driver) -> tuple[State, list[Tensor]]:
-        rows, grid = pick(before, step.among), step.grid
-        if step.among is not None:
-            grid = grid.index_select(1, on(grid, step.among))
+        rows = pick(before, step.among)
+        grid = self._grid(step.t, step.h, rows[0])
         stages = scaled_stages(rows[0], len(self.pair.tableau.c))
         attempt = self._attempt(Part(f, driver, step.rows, rows[0]), rows, grid, stages)
         after: State = (attempt.z, attempt.k)
         if step.among is not None:
-            at = on(grid, step.among)
+            at = on(after[0], step.among)
             after = tuple(x.index_copy(0, at, y) for x, y in zip(before, after, strict=True))
         outputs = [] if step.outputs is None else [step.outputs.read(rows[0], attempt, step.among)]
         return pick(after, step.keep), outputs
 
-    def path(self, z0: Tensor, steps: Sequence[Any], outputs: Sequence[Tensor], rejected: int) -> Path:
-        found, taken = torch.cat(list(outputs)), np.zeros(len(z0), dtype=np.int64)
-        places = np.concatenate([step.outputs.places for step in steps if step.outputs is not None])
-        zs = torch.empty_like(found).index_copy(0, on(z0, places), found).view(-1, *z0.shape)
-        for step in steps:
-            taken[step.rows] += 1
-        accepted = int(taken[steps[-1].rows].max())
-        return Path(torch.cat([z0.unsqueeze(0), zs]), accepted, steps[-1].tried - accepted, on(z0, taken))
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def integrate(self, f: Evaluator, z0: Tensor, ts: Sequence[float], driver: Driver, norm: Norm = row_rms) -> Path:
+        return super().integrate(f, z0, ts, driver, norm)
+
+    def trace(self, z0: Tensor) -> RowTrace:
+        return RowTrace(z0)
 
     def spread(self, gradient: Tensor, steps: Sequence[Any]) -> list[list[Tensor]]:
         flat = gradient[1:].flatten(0, 1)
@@ -138,7 +138,7 @@ class Independent(MarchingSolver):
         zero = z.new_zeros(()).expand(z.numel())
         error = attempt.stages.combine(zero, self.pair.tableau.error, 1 / rtol).view(z.shape)
         error = norm(error.div_(torch.maximum(z.abs(), attempt.z.abs()).add_(atol / rtol)))
-        return error.cpu().double().numpy()
+        return host(error)
 
     def _take(
         self, f: Evaluator, step: RowStep, before: State, driver: Driver, attempt: Try, taken: Rows
@@ -179,4 +179,4 @@ class Independent(MarchingSolver):
         there = driver.terms(f, t0 + length, z + length * k)[0]
         fastest = torch.maximum(guess.speed, norm((there - k) / guess.scale) / h)
         first = second_guess(h.cpu().double(), fastest.cpu().double(), self.pair.tableau.order).clamp(max=span)
-        return first.numpy()
+        return host(first)

@@ -13,7 +13,7 @@ from odelayers._driver import Driver
 from odelayers._evaluator import Evaluator, traced
 from odelayers._field import as_rows
 from odelayers._solution import SolveError, Status
-from odelayers._solvers.base import Solver, State, fail
+from odelayers._solvers.base import Path, Solver, State, Taken, Trace, fail
 from odelayers._solvers.control import STABILITY_LIMIT, RowClocks, Rows, Verdict
 from odelayers._solvers.stages import Buffered, Recorded
 from odelayers._solvers.tableau import Tableau
@@ -29,6 +29,11 @@ def column(per_row: Tensor, ndim: int) -> Tensor:
 def on(like: Tensor, x: Rows) -> Tensor:
     """An array of the host as a tensor on the state's device."""
     return torch.from_numpy(np.ascontiguousarray(x)).to(like.device)
+
+
+def host(x: Tensor) -> Rows:
+    """A tensor's values on the host, in float64; under a transform too, which hides its storage."""
+    return np.array(x.tolist()) if traced() else x.cpu().double().numpy()
 
 
 def pick(state: State, places: Rows | None) -> State:
@@ -134,7 +139,7 @@ class RowStep(NamedTuple):
         tried: steps tried so far by each row under way.
         rows: the rows of the batch that take it.
         among: their places in the state before it; None: they are all of its rows.
-        grid: `(stages + 1, rows of the state)` the times of the stages, in the last line the lengths.
+        t, h: their times at its start and the signed lengths.
         keep: the places of the rows of the state that go on after it; None: all of them.
         outputs: its outputs, None where it has none.
     """
@@ -142,9 +147,34 @@ class RowStep(NamedTuple):
     tried: int
     rows: Rows
     among: Rows | None
-    grid: Tensor
+    t: Rows
+    h: Rows
     keep: Rows | None
     outputs: Outputs | None
+
+
+class RowTrace(Trace):
+    """What such a march leaves behind: outputs come in any order, and each row has its own number of steps."""
+
+    def __init__(self, z0: Tensor) -> None:
+        super().__init__(z0)
+        self.steps = np.zeros(len(z0), dtype=np.int64)
+        self.places: list[Rows] = []
+
+    def add(self, taken: Taken) -> None:
+        self.zs.extend(taken.outputs)
+        self.steps[taken.step.rows] += 1
+        if taken.step.outputs is not None:
+            self.places.append(taken.step.outputs.places)
+        # Who tries last has tried most.
+        self.accepted = int(self.steps[taken.step.rows].max())
+        self.rejected = taken.step.tried - self.accepted
+
+    def path(self) -> Path:
+        z0, found = self.zs[0], torch.cat(self.zs[1:])
+        found = torch.empty_like(found).index_copy(0, on(z0, np.concatenate(self.places)), found)
+        zs = torch.cat([z0, found]).view(1 + len(found) // len(z0), *z0.shape)
+        return Path(zs, self.accepted, self.rejected, on(z0, self.steps))
 
 
 def passed(tableau: Tableau, clocks: RowClocks, verdict: Verdict, batch: int) -> Outputs | None:
