@@ -17,6 +17,9 @@ MODULES = ("_solvers/*.py", "_gradients/*.py", "_jacobian.py", "_linalg.py", "st
 OWN = {  # the tests that know a module best come first
     "_solvers/adaptive.py": "solvers first_step times faults isolate gradients",
     "_solvers/base.py": "solvers isolate faults running times gradients",
+    "_solvers/control.py": "first_step independent solvers",
+    "_solvers/independent.py": "independent isolate",
+    "_solvers/rows.py": "independent isolate",
     "_solvers/fixed.py": "solvers times faults gradients sde",
     "_solvers/reference.py": "adapters isolate faults",
     "_solvers/reference_sde.py": "adapters sde isolate",

@@ -127,7 +127,7 @@ class Outputs(NamedTuple):
         if not len(inner):
             return found
         at, weights = on(z, inner), on(z, self.weights.T).to(z.dtype)
-        stages = torch.stack([attempt.stages.get(i) for i in range(len(weights))]).view(-1, *z.shape)
+        stages = torch.stack([attempt.stages.get(i) for i in range(len(weights))]).view(len(weights), *z.shape)
         change = (column(weights, z.ndim) * stages.index_select(1, at)).sum(dim=0)
         return torch.cat([found, z.index_select(0, at) + change])
 
