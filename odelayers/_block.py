@@ -73,10 +73,12 @@ class Block(nn.Module):
         """The block's programs, where its solver and gradient have any."""
         if compile is not True:
             raise TypeError(f"{self._where}: compile: expected True or False, got {compile!r}")
-        if not (isinstance(self.solver, FixedRungeKutta | AdaptiveRungeKutta) and isinstance(self.gradient, Backprop)):
+        known = isinstance(self.solver, FixedRungeKutta | AdaptiveRungeKutta)
+        own_steps = getattr(self.solver, "batch", "shared") == "independent"
+        if not (known and not own_steps and isinstance(self.gradient, Backprop)):
             raise ValueError(
                 f"{self._where}: compile=True compiles the own explicit Runge-Kutta methods (Dopri5, Tsit5, Euler, "
-                f"Midpoint, Heun, RK4) with gradient=Backprop(), got {self.solver!r} with {self.gradient!r}"
+                f"Midpoint, Heun, RK4), one step for the whole batch, with gradient=Backprop(), got {self.solver!r} with {self.gradient!r}"
             )
         return Programs()
 
@@ -183,7 +185,8 @@ class Block(nn.Module):
         """The solution where no time passes or no sample is there: the field is not evaluated."""
         zs = torch.stack([z0] * len(times.solver))
         nothing = torch.zeros(len(z0), dtype=torch.long, device=z0.device)
-        stats = Stats(0, 0, 0, nothing, torch.full_like(nothing, torch.nan, dtype=torch.get_default_dtype()))
+        never = torch.full_like(nothing, torch.nan, dtype=torch.get_default_dtype())
+        stats = Stats(0, 0, 0, nothing, never, nothing.clone())
         totals = tuple(z0.new_zeros(len(z0)) for _ in running)
         return Solution(times.reported, self._leave(zs if half is None else zs.to(half)), stats, totals)
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from odelayers._checks import finite_number
 from odelayers._evaluator import Evaluator
 
-__all__ = ["Brownian", "Clock", "Diffusion", "Driver", "NoisyClock", "Uniform"]
+__all__ = ["Brownian", "Clock", "Diffusion", "Driver", "NoisyClock", "Time", "Uniform"]
 
 Time = Tensor | float
 Evaluate = Callable[[Time, Tensor], Tensor]

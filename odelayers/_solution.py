@@ -100,6 +100,8 @@ class Stats:
         rejected: steps tried and thrown away by the step size control.
         status: `(B,)` integers, a `Status` per row (0 is OK).
         failed_at: `(B,)` the time at which a row failed, NaN for a healthy one.
+        steps: `(B,)` integers, the steps that each row took, 0 for a failed one: `accepted` where all rows take the
+            same steps. Where each has its own, `accepted` and `rejected` are those of the row that tried most.
 
     Example:
         >>> import torch, odelayers
@@ -113,6 +115,7 @@ class Stats:
     rejected: int
     status: Tensor
     failed_at: Tensor
+    steps: Tensor
 
 
 @dataclass(frozen=True)

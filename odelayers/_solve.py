@@ -98,13 +98,15 @@ def solve(problem: Problem, solver: Solver, gradient: Gradient, isolate: bool) -
             rows = (status == 0).nonzero().flatten()
             if not len(rows):
                 zs = problem.z0.new_full((len(problem.ts), *problem.z0.shape), torch.nan)
-                return zs, Stats(nfe, 0, 0, status, failed_at)
+                return zs, Stats(nfe, 0, 0, status, failed_at, torch.zeros_like(status))
             part = problem.take(rows)
     zs = path.zs
+    steps = torch.full_like(rows, path.accepted) if path.steps is None else path.steps
     if len(rows) < batch:
         # index_copy keeps the healthy rows in the graph and leaves the failed ones NaN without a gradient.
         zs = zs.new_full((len(problem.ts), *problem.z0.shape), torch.nan).index_copy(1, rows, zs)
-    return zs, Stats(nfe + f.nfe, path.accepted, path.rejected, status, failed_at)
+        steps = torch.zeros_like(status).index_copy(0, rows, steps)
+    return zs, Stats(nfe + f.nfe, path.accepted, path.rejected, status, failed_at, steps)
 
 
 def _check_range(zs: Tensor, part: Problem, solver: Solver, f: Evaluator) -> None:

@@ -18,6 +18,9 @@ MODULES += ("_squaring.py", "_hurwitz.py", "stability.py", "regularizers.py")
 OWN = {  # the tests that know a module best come first
     "_solvers/adaptive.py": "solvers first_step step_control times faults isolate gradients",
     "_solvers/base.py": "solvers isolate faults running times gradients",
+    "_solvers/control.py": "first_step independent solvers",
+    "_solvers/independent.py": "independent isolate",
+    "_solvers/rows.py": "independent isolate",
     "_solvers/fixed.py": "solvers times faults gradients sde",
     "_solvers/reference.py": "adapters isolate faults",
     "_solvers/reference_sde.py": "adapters sde isolate",

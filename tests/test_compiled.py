@@ -200,8 +200,8 @@ def test_second_derivatives_are_refused_by_torch() -> None:
 
 
 def test_what_is_not_compiled_is_refused_at_construction() -> None:
-    """Gradients that evaluate again, solvers of other libraries, and anything but a bool."""
-    for options in ({"gradient": Checkpoint()}, {"gradient": Adjoint()}):
+    """Gradients that evaluate again, steps of each row's own, and anything but a bool."""
+    for options in ({"gradient": Checkpoint()}, {"gradient": Adjoint()}, {"solver": Dopri5(batch="independent")}):
         with pytest.raises(ValueError, match=r"compile=True compiles.*gradient=Backprop\(\)"):
             ODEBlock(nn.Linear(2, 2), compile=True, **options)
     with pytest.raises(TypeError, match="compile: expected True or False, got 'yes'"):

@@ -72,6 +72,7 @@ def test_a_field_of_unclear_signature_is_refused_at_construction(f: Any, words: 
         (lambda: Dopri5(rtol="1e-3"), TypeError, "Dopri5: rtol: expected a number, got '1e-3'"),
         (lambda: Tsit5(max_steps=0), ValueError, "Tsit5: max_steps"),
         (lambda: Tsit5(first_step=0.0), ValueError, "Tsit5: first_step"),
+        (lambda: Dopri5(batch="own"), ValueError, "Dopri5: batch: expected one of 'shared', 'independent', got 'own'"),
         (lambda: Dopri5(tol=1e-3), TypeError, "unexpected keyword argument 'tol'"),
         (
             lambda: TorchDiffEq("nonsense"),
@@ -144,7 +145,8 @@ def test_errors_and_records_survive_pickling_and_copying() -> None:
     assert Dopri5() != Tsit5() and RK4(3) != RK4(4)
 
 
-OWN_ODE = (Dopri5(), Tsit5(), Euler(3), Midpoint(3), Heun(3), RK4(3))
+INDEPENDENT = (Dopri5(batch="independent"), Tsit5(batch="independent"))
+OWN_ODE = (Dopri5(), Tsit5(), *INDEPENDENT, Euler(3), Midpoint(3), Heun(3), RK4(3))
 OWN_SDE = (EulerMaruyama(3), Milstein(3), StratonovichHeun(3), ReversibleHeun(3))
 LIBRARY_ODE = (TorchDiffEq("dopri5"), TorchDiffEq("rk4", step_size=0.5), TorchDiffEq("scipy_solver"))
 LIBRARY_SDE = (TorchSDE("euler", 3), TorchSDE("heun", 3), TorchSDE("reversible_heun", 3))
@@ -157,6 +159,8 @@ def legal(solver: Any, gradient: Any) -> bool:
         return solver != TorchDiffEq("scipy_solver")
     if isinstance(gradient, Checkpoint):
         return solver in (*OWN_ODE, *OWN_SDE)
+    if solver in INDEPENDENT:
+        return False
     return solver in (*OWN_ODE, *LIBRARY_ODE, TorchSDE("reversible_heun", 3))
 
 

@@ -54,6 +54,8 @@ SOLVERS: dict[str, tuple[Callable[[float], Solver], float]] = {
     "RK4": (lambda tol: RK4(50), 1e-4),
     "Dopri5": (lambda tol: Dopri5(tol, tol), 1e-6),
     "Tsit5": (lambda tol: Tsit5(tol, tol), 1e-6),
+    "Dopri5 independent": (lambda tol: Dopri5(tol, tol, batch="independent"), 1e-6),
+    "Tsit5 independent": (lambda tol: Tsit5(tol, tol, batch="independent"), 1e-6),
     "torchdiffeq dopri5": (lambda tol: TorchDiffEq("dopri5", tol, tol), 1e-6),
     "torchdiffeq rk4": (lambda tol: TorchDiffEq("rk4", step_size=0.02), 1e-4),
     "scipy Radau": (lambda tol: TorchDiffEq("scipy_solver", tol, tol, scipy_method="Radau"), 1e-6),
@@ -137,6 +139,8 @@ ORDERS: dict[str, tuple[Callable[[int], Solver], float]] = {
     "RK4": (RK4, 4),
     "Dopri5": (lambda n: Dopri5(1e9, 1e9, first_step=1 / n), 5),
     "Tsit5": (lambda n: Tsit5(1e9, 1e9, first_step=1 / n), 5),
+    "Dopri5 independent": (lambda n: Dopri5(1e9, 1e9, first_step=1 / n, batch="independent"), 5),
+    "Tsit5 independent": (lambda n: Tsit5(1e9, 1e9, first_step=1 / n, batch="independent"), 5),
     **{
         f"torchdiffeq {method}": (lambda n, m=method: TorchDiffEq(m, 1e9, 1e9, max_steps=n), order)
         for method, order in {"dopri8": 8, "dopri5": 5, "bosh3": 3, "fehlberg2": 2, "adaptive_heun": 2}.items()
@@ -189,8 +193,8 @@ def test_the_order_of_convergence(solver: str, monkeypatch: pytest.MonkeyPatch) 
 
     On none is it lower; on some it is higher, where the leading terms cancel, but not on all.
     """
-    # With a tolerance this loose every step is accepted, and so as the first.
-    monkeypatch.setattr("odelayers._solvers.adaptive.GROW", 1.0)
+    for module in ("adaptive", "control"):  # with a tolerance this loose every step is accepted, and so as the first
+        monkeypatch.setattr(f"odelayers._solvers.{module}.GROW", 1.0)
     monkeypatch.setattr(TorchDiffEq, "_options", equal_steps)
     make, order = ORDERS[solver]
     found = {problem.name: fitted_order(make, order, problem) for problem in ORACLES if problem.smooth}

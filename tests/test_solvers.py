@@ -17,6 +17,7 @@ from odelayers._solvers.tableau import DOPRI5, EULER, HEUN, MIDPOINT, RK4 as RK4
 from problems import ADAPTIVE, FIXED, FORCED, LINEAR, PROBLEMS, Problem, TanhNet, name, reference, slopes
 
 TABLEAUS = {"euler": EULER, "midpoint": MIDPOINT, "heun": HEUN, "rk4": RK4_TABLEAU, "dopri5": DOPRI5, "tsit5": TSIT5}
+OWN = Dopri5(1e-9, 1e-9, batch="independent")
 EVALUATIONS = {Euler: 1, Midpoint: 2, Heun: 2, RK4: 4}
 
 
@@ -134,7 +135,7 @@ def test_continuous_extensions_have_order_four(method: str) -> None:
 
 @pytest.mark.parametrize("way", [1, -1], ids=["increasing", "decreasing"])
 @pytest.mark.parametrize("problem", PROBLEMS, ids=lambda p: p.name)
-@pytest.mark.parametrize("solver", [RK4(steps=100), Dopri5(1e-9, 1e-9), Tsit5(1e-9, 1e-9)], ids=name)
+@pytest.mark.parametrize("solver", [RK4(steps=100), Dopri5(1e-9, 1e-9), Tsit5(1e-9, 1e-9), OWN], ids=name)
 def test_dense_output_matches_the_solution(solver: object, problem: Problem, way: int) -> None:
     """States at many output times, rising or falling, with ts[0] included and the batch on axis 1."""
     ts = [way * t for t in (0.0, 0.013, 0.3, 0.31, 0.777, 1.0)]
@@ -163,7 +164,7 @@ def test_ts_that_do_not_start_at_zero_take_the_place_of_t0() -> None:
 
 
 @pytest.mark.parametrize("shape", [(5,), (2, 1), (2, 3, 4), (1, 2, 3, 2, 2)], ids=str)
-@pytest.mark.parametrize("solver", [RK4(steps=40), Dopri5(1e-8, 1e-8)], ids=name)
+@pytest.mark.parametrize("solver", [RK4(steps=40), Dopri5(1e-8, 1e-8), OWN], ids=name)
 def test_any_state_shape(solver: object, shape: tuple[int, ...]) -> None:
     """A state of any number of axes is solved entry by entry as its flattened self."""
     z0 = torch.rand(shape, dtype=torch.float64)
@@ -175,7 +176,7 @@ def test_a_contiguous_state_is_not_needed() -> None:
     z = torch.randn(3, 4, 2, dtype=torch.float64).transpose(1, 2)
     expanded = torch.randn(3, 1, dtype=torch.float64).expand(3, 3)
     for state, f in ((z, torch.sin), (expanded, LINEAR.f)):
-        for solver in (RK4(steps=5), Dopri5()):
+        for solver in (RK4(steps=5), Dopri5(), OWN):
             block = ODEBlock(f, solver=solver, time=False)
             assert torch.allclose(block(state), block(state.contiguous()), rtol=0, atol=1e-15)
 

@@ -26,6 +26,7 @@ from problems import LINEAR, PROBLEMS, TanhNet, finite_difference, name, referen
 
 F64 = torch.float64
 TIGHT = Dopri5(rtol=1e-10, atol=1e-10)
+OWN = Dopri5(rtol=1e-10, atol=1e-10, batch="independent")
 GRADIENTS = (Backprop(), Checkpoint(), Adjoint())
 
 
@@ -51,7 +52,7 @@ def test_every_way_to_say_the_end_time_agrees(problem: Any, kind: str, t1: int) 
     assert (found - problem.solution(float(t1))).abs().max() < 1e-8
 
 
-@pytest.mark.parametrize("solver", [TIGHT, RK4(steps=200), TorchDiffEq("dopri5", 1e-9, 1e-9)], ids=name)
+@pytest.mark.parametrize("solver", [TIGHT, OWN, RK4(steps=200), TorchDiffEq("dopri5", 1e-9, 1e-9)], ids=name)
 def test_every_sample_may_end_at_its_own_time(solver: Any) -> None:
     """Forwards, backwards and not at all in one batch, with a start away from 0 and a time-dependent field."""
     net, z = TanhNet(), torch.randn(5, 3, dtype=F64)
@@ -154,12 +155,13 @@ def test_no_time_is_the_identity(gradient: Any) -> None:
     "block",
     [
         ODEBlock(torch.sin, time=False),
+        ODEBlock(torch.sin, time=False, solver=OWN),
         ODEBlock(torch.sin, time=False, solver=TorchDiffEq("dopri5")),
         ODEBlock(torch.sin, time=False, solver=RK4(3), gradient=Checkpoint()),
         DropoutSDEBlock(torch.sin, 0.2, time=False),
         SDEBlock(torch.sin, torch.cos, time=False, solver=TorchSDE("euler", 3)),
     ],
-    ids=["dopri5", "torchdiffeq", "rk4", "dropout", "torchsde"],
+    ids=["dopri5", "independent", "torchdiffeq", "rk4", "dropout", "torchsde"],
 )
 def test_an_empty_batch_gives_an_empty_result(block: Any) -> None:
     """Shape, dtype and gradient of nothing, at every output time."""

@@ -51,7 +51,7 @@ def test_an_exported_block_gives_the_same_numbers(z: Tensor) -> None:
     assert torch.equal(exported(z), flow(z))
 
 
-@pytest.mark.parametrize("solver", [RK4(steps=4), Dopri5()], ids=repr)
+@pytest.mark.parametrize("solver", [RK4(steps=4), Dopri5(), Dopri5(batch="independent")], ids=repr)
 def test_inference_mode_changes_no_number(solver: RK4 | Dopri5, z: Tensor) -> None:
     """Under inference_mode the result is that of no_grad, bit for bit."""
     flow = block(solver)

@@ -60,7 +60,9 @@ class Adjoint(Gradient):
     def accepts(self, solver: Solver) -> bool:
         if isinstance(solver, TorchSDE):
             return solver.method == "reversible_heun"
-        return isinstance(solver, FixedRungeKutta | AdaptiveRungeKutta | TorchDiffEq)
+        if isinstance(solver, AdaptiveRungeKutta):
+            return solver.batch == "shared"  # the adjoint equation is one row: a sum over the batch
+        return isinstance(solver, FixedRungeKutta | TorchDiffEq)
 
     def solve(self, solver: Solver, f: Evaluator, z0: Tensor, ts: Sequence[float], driver: Driver) -> Path:
         if not torch.is_grad_enabled():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 from odelayers._driver import Driver
 from odelayers._evaluator import Evaluator
 from odelayers._gradients.base import Gradient, Setting, check_cotangent, cut
-from odelayers._solvers.base import MarchingSolver, Path, Solver, State, Step, row_rms
+from odelayers._solvers.base import MarchingSolver, Path, Solver, State, row_rms
 
 __all__ = ["Checkpoint"]
 
@@ -49,9 +49,9 @@ class Checkpoint(Gradient):
         driver, originals, leaves = cut(f, driver)
         if not any(x.requires_grad for x in (z0, *originals)):
             return solver.integrate(f, z0, ts, driver)
-        solve = _Solve(solver, f, tuple(ts), driver, Setting(f, driver, z0.device), leaves)
+        solve = _Solve(solver.marching, f, tuple(ts), driver, Setting(f, driver, z0.device), leaves)
         zs: Tensor = _TakenAgain.apply(solve, z0, *originals)  # type: ignore[no-untyped-call]
-        return Path(zs, len(solve.steps), solve.rejected)
+        return replace(solve.path, zs=zs)
 
 
 class _Solve:
@@ -68,9 +68,9 @@ class _Solve:
     ) -> None:
         self.solver, self.f, self.ts, self.driver, self.setting = solver, f, ts, driver, setting
         self.wanted = wanted
-        self.steps: list[Step] = []
+        self.steps: list[Any] = []
         self.kept: dict[int, State] = {}
-        self.rejected = 0
+        self.path: Path
 
     def forward(self, z0: Tensor) -> Tensor:
         """The states at ts, with the steps recorded and every stride-th state before them.
@@ -78,7 +78,7 @@ class _Solve:
         How many steps there will be is not known: where more than KEEP or 2 stride states are kept, every second is
         dropped, so n steps keep between sqrt(n / 2) and sqrt(2 n) of them.
         """
-        zs, stride = [z0], 1
+        trace, stride = self.solver.trace(z0), 1
         for i, taken in enumerate(self.solver.march(self.f, z0, self.ts, self.driver, row_rms)):
             self.steps.append(taken.step)
             if i % stride == 0:
@@ -86,22 +86,22 @@ class _Solve:
             if len(self.kept) > max(KEEP, 2 * stride):
                 stride *= 2
                 self.kept = {j: state for j, state in self.kept.items() if j % stride == 0}
-            self.rejected += taken.rejected
-            zs.extend(taken.outputs)
+            trace.add(taken)
         self.setting.check_still()
-        return torch.stack(zs)
+        path = trace.path()
+        self.path = replace(path, zs=z0.new_empty(0))  # the states would hold this solve, and be held by it
+        return path.zs
 
     def backward(self, z0: Tensor, gradient: Tensor) -> list[Tensor | None]:
         """The gradients with respect to z0 and the wanted tensors."""
         total: list[Tensor | None] = [None] * len(self.wanted)
         after_grads: list[Tensor | None] = []
-        position = len(self.ts)
+        at_outputs = self.solver.spread(gradient, self.steps)
         for step, before in self._backwards():
             leaves = [x.detach().requires_grad_() for x in before]
             with torch.enable_grad():
                 after, outputs = self.solver.again(self.f, step, tuple(leaves), self.driver)
-            position -= len(outputs)
-            arriving = [*(after_grads or [None] * len(after)), *gradient[position : position + len(outputs)]]
+            arriving = [*(after_grads or [None] * len(after)), *at_outputs.pop()]
             after_grads = self._pull_back([*after, *outputs], arriving, leaves, total)
         leaf = z0.detach().requires_grad_()
         with torch.enable_grad():
@@ -109,7 +109,7 @@ class _Solve:
         (first,) = self._pull_back(list(start), after_grads or [None] * len(start), [leaf], total)
         return [gradient[0] if first is None else gradient[0] + first, *total]
 
-    def _backwards(self) -> Iterator[tuple[Step, State]]:
+    def _backwards(self) -> Iterator[tuple[Any, State]]:
         """The steps with the states before them, last first; the states of a segment are found again from its first."""
         end = len(self.steps)
         for start in reversed(self.kept):

@@ -1,4 +1,4 @@
-"""Adaptive explicit Runge-Kutta methods: the worst sample decides the step."""
+"""Adaptive explicit Runge-Kutta methods: the worst sample decides the step, or each sample its own."""
 
 from __future__ import annotations
 
@@ -10,20 +10,26 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from odelayers._checks import positive_int, positive_number
+from odelayers._checks import one_of, positive_int, positive_number
 from odelayers._driver import Driver
 from odelayers._evaluator import Evaluator, vmapped
 from odelayers._solution import SolveError, Status
-from odelayers._solvers.base import MarchingSolver, Norm, Path, State, Step, Taken, fail, nonfinite_rows, row_rms
+from odelayers._solvers.base import MarchingSolver, Norm, Path, State, Step, Taken, fail, row_rms
 from odelayers._solvers.compiled import Control, solved_loop, step_stages
+from odelayers._solvers.control import (
+    GROW,
+    SAFETY,
+    SHRINK,
+    STABILITY_LIMIT,
+    first_guess,
+    nonfinite_start,
+    second_guess,
+)
+from odelayers._solvers.independent import Independent
 from odelayers._solvers.stages import Compiled, Stages, stages_like
 from odelayers._solvers.tableau import DOPRI5, TSIT5, Tableau
 
 __all__ = ["Dopri5", "Tsit5"]
-
-SAFETY, SHRINK, GROW = 0.9, 0.2, 10.0
-# Beyond |h lambda| of about 3.3 an explicit method of order five is unstable (Hairer and Wanner, IV.2).
-STABILITY_LIMIT = 2.5
 
 
 class Try(NamedTuple):
@@ -42,6 +48,7 @@ class AdaptiveRungeKutta(MarchingSolver):
     atol: float = 1e-5
     max_steps: int = 10_000
     first_step: float | None = None
+    batch: str = "shared"
 
     tableau: ClassVar[Tableau]
 
@@ -52,16 +59,17 @@ class AdaptiveRungeKutta(MarchingSolver):
         positive_int(self.max_steps, f"{name}: max_steps")
         if self.first_step is not None:
             positive_number(self.first_step, f"{name}: first_step")
+        one_of(self.batch, f"{name}: batch", ("shared", "independent"))
+
+    @property
+    def marching(self) -> MarchingSolver:
+        return Independent(self) if self.batch == "independent" else self
 
     def start(self, f: Evaluator, t0: float, z0: Tensor, driver: Driver) -> State:
         return z0, driver.terms(f, t0, z0)[0]
 
     def march(self, f: Evaluator, z0: Tensor, ts: Sequence[float], driver: Driver, norm: Norm) -> Iterator[Taken]:
-        if vmapped(z0):
-            raise RuntimeError(
-                f"{self!r} under torch.func.vmap: step size control reads errors on the host, which vmap forbids; "
-                f"use a fixed grid such as RK4(steps), or hand the rows over as one batch (odelayers.jacobian does)"
-            )
+        self.refuse_vmap(z0)
         t, t1 = ts[0], ts[-1]
         way = math.copysign(1.0, t1 - t)
         rtol, atol = self.tolerances(f, z0)
@@ -101,6 +109,8 @@ class AdaptiveRungeKutta(MarchingSolver):
                     raise self._failure(f, before, attempt, errors, t, h * way, tried, driver)
 
     def integrate(self, f: Evaluator, z0: Tensor, ts: Sequence[float], driver: Driver, norm: Norm = row_rms) -> Path:
+        if self.batch == "independent":
+            return self.marching.integrate(f, z0, ts, driver, norm)
         if f.programs is not None and not torch.is_grad_enabled() and len(ts) == 2:
             rtol, atol = self.tolerances(f, z0)
             before = self.start(f, ts[0], z0, driver)
@@ -116,6 +126,14 @@ class AdaptiveRungeKutta(MarchingSolver):
         stages = stages_like(self.tableau, before[0])
         attempt = self._attempt(f, step.t, step.h, before, driver, stages)
         return self._after(attempt), self._outputs(attempt, step)
+
+    def refuse_vmap(self, z0: Tensor) -> None:
+        """Raise under torch.func.vmap, with the remedy."""
+        if vmapped(z0):
+            raise RuntimeError(
+                f"{self!r} under torch.func.vmap: step size control reads errors on the host, which vmap forbids; "
+                f"use a fixed grid such as RK4(steps), or hand the rows over as one batch (odelayers.jacobian does)"
+            )
 
     def tolerances(self, f: Evaluator, z: Tensor) -> tuple[float, float]:
         """Both tolerances, not below the rounding of the dtype that the field is evaluated in."""
@@ -156,24 +174,16 @@ class AdaptiveRungeKutta(MarchingSolver):
     ) -> float:
         """The given first step, or Hairer's choice for the row that needs the shortest (Solving ODEs I, II.4)."""
         z, k = before
-        scale = z.abs().mul_(rtol).add_(atol)
-        size, speed = norm(z / scale), norm(k / scale)
-        h0 = torch.where((size < 1e-5) | (speed < 1e-5), 1e-6, 0.01 * size / speed)
-        h = min(h0.amin().item(), abs(t1 - t0))
-        if not math.isfinite(h) or not math.isfinite(speed.amax().item()):
-            bad = nonfinite_rows(z) | nonfinite_rows(k)
-            status = Status.NONFINITE if bad.any() else Status.BLOW_UP
-            raise fail(self, f, bad | ~speed.isfinite() | ~h0.isfinite(), t0, driver, status)
+        guess = first_guess(z, k, norm, rtol, atol)
+        h = min(guess.h.amin().item(), abs(t1 - t0))
+        if not math.isfinite(h) or not math.isfinite(guess.speed.amax().item()):
+            raise nonfinite_start(self, f, z, k, guess, t0, driver)
         if self.first_step is not None:
             return min(self.first_step, abs(t1 - t0))
         way = math.copysign(1.0, t1 - t0)
         there = driver.terms(f, t0 + way * h, torch.add(z, k, alpha=way * h))[0]
-        bend = norm((there - k) / scale) / h
-        fastest = torch.maximum(speed, bend).amax().item()
-        if not math.isfinite(fastest):
-            return h
-        guess = max(1e-6, h * 1e-3) if fastest <= 1e-15 else (0.01 / fastest) ** (1 / self.tableau.order)
-        return min(100 * h, guess, abs(t1 - t0))
+        fastest = torch.maximum(guess.speed, norm((there - k) / guess.scale) / h).amax().double()
+        return min(second_guess(torch.full_like(fastest, h), fastest, self.tableau.order).item(), abs(t1 - t0))
 
     @torch.no_grad()
     def _failure(
@@ -223,7 +233,7 @@ class Dopri5(AdaptiveRungeKutta):
 
     Example:
         >>> Dopri5(rtol=1e-6)
-        Dopri5(rtol=1e-06, atol=1e-05, max_steps=10000, first_step=None)
+        Dopri5(rtol=1e-06, atol=1e-05, max_steps=10000, first_step=None, batch='shared')
     """
 
     tableau, order = DOPRI5, 5

@@ -6,17 +6,17 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
-from odelayers._driver import Driver
+from odelayers._driver import Driver, Time
 from odelayers._evaluator import Evaluator
 from odelayers._field import as_rows
 from odelayers._solution import SolveError, Status
 
-__all__ = ["MarchingSolver", "Norm", "Path", "Solver", "Step", "Taken", "fail", "row_rms"]
+__all__ = ["MarchingSolver", "Norm", "Path", "Solver", "Step", "Taken", "Trace", "fail", "row_rms"]
 
 State = tuple[Tensor, ...]
 Norm = Callable[[Tensor], Tensor]
@@ -41,7 +41,7 @@ class Step(NamedTuple):
 class Taken(NamedTuple):
     """A step taken: the state before it, the state after it, its outputs, and the tries thrown away before it."""
 
-    step: Step
+    step: Any
     before: State
     after: State
     outputs: list[Tensor]
@@ -50,11 +50,28 @@ class Taken(NamedTuple):
 
 @dataclass(frozen=True)
 class Path:
-    """States at the output times, `(T, B, ...)`, with the counts of steps."""
+    """States at the output times, `(T, B, ...)`, with the counts of steps; those of each row where they differ."""
 
     zs: Tensor
     accepted: int
     rejected: int
+    steps: Tensor | None = None
+
+
+class Trace:
+    """What a march leaves behind: its outputs and how many steps it took."""
+
+    def __init__(self, z0: Tensor) -> None:
+        self.zs, self.accepted, self.rejected = [z0], 0, 0
+
+    def add(self, taken: Taken) -> None:
+        """One more step."""
+        self.zs.extend(taken.outputs)
+        self.accepted, self.rejected = self.accepted + 1, self.rejected + taken.rejected
+
+    def path(self) -> Path:
+        """The path when the march has ended."""
+        return Path(torch.stack(self.zs), self.accepted, self.rejected)
 
 
 class Solver(ABC):
@@ -90,21 +107,34 @@ class MarchingSolver(Solver):
         """Take the steps from ts[0] to ts[-1]."""
 
     @abstractmethod
-    def again(self, f: Evaluator, step: Step, before: State, driver: Driver) -> tuple[State, list[Tensor]]:
-        """Take a step once more from the state before it: the state after it and its outputs."""
+    def again(self, f: Evaluator, step: Any, before: State, driver: Driver) -> tuple[State, list[Tensor]]:
+        """Take a step of the march once more from the state before it: the state after it and its outputs."""
+
+    @property
+    def marching(self) -> MarchingSolver:
+        """The solver whose march this is: its own."""
+        return self
+
+    def trace(self, z0: Tensor) -> Trace:
+        """What a march from z0 is written into."""
+        return Trace(z0)
+
+    def spread(self, gradient: Tensor, steps: Sequence[Any]) -> list[list[Tensor]]:
+        """The parts of a gradient of a path's states that arrive at the outputs of each step."""
+        after = iter(gradient[1:])
+        return [[next(after) for _ in step.outputs] for step in steps]
 
     def integrate(self, f: Evaluator, z0: Tensor, ts: Sequence[float], driver: Driver, norm: Norm = row_rms) -> Path:
-        zs, accepted, rejected = [z0], 0, 0
+        trace = self.trace(z0)
         for taken in self.march(f, z0, ts, driver, norm):
-            zs.extend(taken.outputs)
-            accepted, rejected = accepted + 1, rejected + taken.rejected
-        return Path(torch.stack(zs), accepted, rejected)
+            trace.add(taken)
+        return trace.path()
 
 
 def fail(
-    solver: Solver, f: Evaluator, rows: Tensor, s: float, driver: Driver, status: Status, note: str = ""
+    solver: Solver, f: Evaluator, rows: Tensor, s: Time, driver: Driver, status: Status, note: str = ""
 ) -> SolveError:
-    """The error for the rows flagged in `rows` (B,), which failed at the solver's time s."""
+    """The error for the rows flagged in `rows` (B,), which failed at the solver's time s, or each at its own."""
     index = rows.nonzero().flatten()
     t = torch.as_tensor(driver.time(s)).detach().to(torch.float64).reshape(-1)
     times = t.expand(rows.shape[0]) if t.numel() == 1 else t
