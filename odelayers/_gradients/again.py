@@ -14,9 +14,14 @@ from odelayers._evaluator import Evaluator
 from odelayers._gradients.base import Setting, check_cotangent, cut
 from odelayers._solvers.base import Invertible, MarchingSolver, Path, Step, leaf
 
-__all__ = ["Gradients", "Replay"]
+__all__ = ["Gradients", "Replay", "plus"]
 
 Gradients = list[Tensor | None]
+
+
+def plus(one: Tensor | None, other: Tensor | None) -> Tensor | None:
+    """The sum of two gradients, where None is none."""
+    return other if one is None else one if other is None else one + other
 
 
 class Replay(ABC):
@@ -58,7 +63,7 @@ class Replay(ABC):
         with torch.enable_grad():
             start = self.solver.start(self.f, self.ts[0], first, self.driver)
         (found,) = self.pull_back(start, arriving, (first,), total)
-        return [gradient[0] if found is None else gradient[0] + found, *total]
+        return [plus(gradient[0], found), *total]
 
     def pull_back(
         self, values: Sequence[Tensor], arriving: Gradients, leaves: Sequence[Tensor], total: Gradients
@@ -68,9 +73,7 @@ class Replay(ABC):
         roots, grads = zip(*used, strict=True)
         found = torch.autograd.grad(roots, [*leaves, *self.wanted], grads, allow_unused=True)
         for i, g in enumerate(found[len(leaves) :]):
-            if g is not None:
-                so_far = total[i]
-                total[i] = g if so_far is None else so_far + g
+            total[i] = plus(total[i], g)
         return list(found[: len(leaves)])
 
 

@@ -107,8 +107,10 @@ def leaf(x: Tensor) -> Tensor:
 
 
 class Invertible(Protocol):
-    """A march whose steps can be undone. Its state begins with two solutions of one equation, the first of which comes
-    out; a step whose outputs are asked for ends at its only one.
+    """A march whose steps can be undone.
+
+    Its state begins with two solutions of one equation, the first of which comes out; a step has an output at its end
+    or none.
     """
 
     def start(self, f: Evaluator, t0: float, z0: Tensor, driver: Driver) -> State: ...

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -73,11 +74,44 @@ class CoupledGrid(_Coupled, FixedGrid):
         return y, z + (y - self._flow(f, s.t + s.h, y, -s.h, driver))
 
 
+class _Tried(NamedTuple):
+    """One try of a step: the state after it, its scaled error by row, and the half step that was tried last."""
+
+    after: State
+    errors: Tensor
+    half: Try
+
+
+class _Trial:
+    """Tries steps for one march: both half steps are judged, the second is spared where the first fails."""
+
+    def __init__(self, pair: CoupledAdaptive, f: Evaluator, z0: Tensor, driver: Driver, norm: Norm) -> None:
+        self.pair, self.f, self.driver, self.norm = pair, f, driver, norm
+        self.tolerances = pair.base.tolerances(f, z0)
+        self.stages = stages_like(pair.base.tableau, z0)
+
+    def step(self, t: float, h: float, before: State, start: State) -> _Tried:
+        """Try a step; `start` is where the method starts from z."""
+        y, z = before
+        ahead, errors = self._half(t, h, start)
+        y = self.pair.coupling * (y - z) + ahead.z
+        if not bool((errors <= 1.0).all()):
+            return _Tried(before, errors, ahead)
+        back, others = self._half(t + h, -h, self.pair.base.start(self.f, t + h, y, self.driver))
+        return _Tried((y, z + (y - back.z)), torch.maximum(errors, others), back)
+
+    def _half(self, t: float, h: float, start: State) -> tuple[Try, Tensor]:
+        """One step of the method and its scaled error by row."""
+        half = self.pair.base._attempt(self.f, t, h, start, self.driver, self.stages)
+        rtol, atol = self.tolerances
+        return half, self.norm(half.stages.error(h) / (atol + rtol * torch.maximum(start[0].abs(), half.z.abs())))
+
+
 @dataclass(frozen=True, repr=False)
 class CoupledAdaptive(_Coupled):
     """A method with step size control, coupled: a step is judged by the larger of its two embedded errors.
 
-    Steps end at the output times, since only their ends are known to the way back.
+    Steps end at the output times, since the way back knows their ends alone.
     """
 
     base: AdaptiveRungeKutta
@@ -86,49 +120,29 @@ class CoupledAdaptive(_Coupled):
     def march(self, f: Evaluator, z0: Tensor, ts: Sequence[float], driver: Driver, norm: Norm) -> Iterator[Taken]:
         """Take the steps from ts[0] to ts[-1]."""
         base, t, way = self.base, ts[0], math.copysign(1.0, ts[-1] - ts[0])
-        rtol, atol = base.tolerances(f, z0)
-        shortest = 4 * torch.finfo(torch.float64).eps * abs(ts[-1] - t)
-        before, start = (z0, z0), base.start(f, t, z0, driver)
-        h = base._first_step(f, start, t, ts[-1], driver, norm, rtol, atol)
+        trial, shortest = _Trial(self, f, z0, driver, norm), 4 * torch.finfo(torch.float64).eps * abs(ts[-1] - t)
+        before: State = (z0, z0)
+        start = base.start(f, t, z0, driver)
+        h = base._first_step(f, start, t, ts[-1], driver, norm, *trial.tolerances)
         tried = rejected = 0
         for target in ts[1:]:
             while (left := (target - t) * way) > 0:
                 length = left if h * 1.01 >= left else h
-                after, errors, attempt = self._attempt(f, t, length * way, before, start, driver, norm, (rtol, atol))
+                after, errors, half = trial.step(t, length * way, before, start)
                 worst = errors.amax().item()
+                change = math.inf if worst == 0 else adaptive.SAFETY * worst ** (-1 / base.order) if worst > 0 else 0.0
                 tried += 1
-                change = adaptive.SAFETY * worst ** (-1 / base.order) if 0 < worst < math.inf else 0.0
                 if worst <= 1.0:
-                    step = Step(tried, t, length * way, (1.0,) if length == left else ())
+                    end = target if length == left else t + length * way
+                    step = Step(tried, t, length * way, (1.0,) if end == target else ())
                     yield Taken(step, before, after, [after[0]] if step.outputs else [], rejected)
-                    t, before, rejected = target if length == left else t + length * way, after, 0
-                    longer = length * (min(adaptive.GROW, change) if worst > 0 else adaptive.GROW)
+                    t, before, rejected = end, after, 0
+                    longer = length * min(adaptive.GROW, change)
                     h = longer if length == h else max(h, longer)  # a step cut short at an output says nothing of h
-                    start = base.start(f, t, before[1], driver) if t != ts[-1] else start
+                    if t == ts[-1]:
+                        return
+                    start = base.start(f, t, before[1], driver)
                 else:
                     h, rejected = length * max(adaptive.SHRINK, change), rejected + 1
-                if (tried >= base.max_steps or h < shortest or t + h * way == t) and t != ts[-1]:
-                    raise base._failure(f, start, attempt, errors, t, h * way, tried, driver)
-
-    def _attempt(
-        self,
-        f: Evaluator,
-        t: float,
-        h: float,
-        before: State,
-        start: State,
-        driver: Driver,
-        norm: Norm,
-        tolerances: tuple[float, float],
-    ) -> tuple[State, Tensor, Try]:
-        """The state after a step, its error by row, and the half step that has it; one that fails is the last."""
-        (y, z), base = before, self.base
-        stages = stages_like(z, len(base.tableau.c))
-        ahead = base._attempt(f, t, h, start, driver, stages)
-        y = self.coupling * (y - z) + ahead.z
-        errors = norm(base._scaled_error(ahead, z, h, *tolerances))
-        if not bool((errors <= 1.0).all()):
-            return (y, z), errors, ahead
-        back = base._attempt(f, t + h, -h, base.start(f, t + h, y, driver), driver, stages)
-        errors = torch.maximum(errors, norm(base._scaled_error(back, y, h, *tolerances)))
-        return (y, z + (y - back.z)), errors, back
+                if tried >= base.max_steps or h < shortest or t + h * way == t:
+                    raise base._failure(f, start, half, errors, t, h * way, tried, driver)
