@@ -1,7 +1,7 @@
 """Differential-equation layers for PyTorch: blocks, solvers, gradients, stability checks and regularisers."""
 
 from odelayers._driver import Uniform
-from odelayers._gradients import Adjoint, Backprop, Checkpoint
+from odelayers._gradients import Adjoint, Backprop, Checkpoint, Reversible
 from odelayers._solution import GradientError, Solution, SolveError, Stats, Status
 from odelayers._solvers import (
     RK4,
@@ -65,6 +65,7 @@ __all__ = [
     "Midpoint",
     "Milstein",
     "ODEBlock",
+    "Reversible",
     "ReversibleHeun",
     "SDEBlock",
     "SineField",

@@ -78,7 +78,8 @@ class Block(nn.Module):
         if not (known and not own_steps and isinstance(self.gradient, Backprop)):
             raise ValueError(
                 f"{self._where}: compile=True compiles the own explicit Runge-Kutta methods (Dopri5, Tsit5, Euler, "
-                f"Midpoint, Heun, RK4), one step for the whole batch, with gradient=Backprop(), got {self.solver!r} with {self.gradient!r}"
+                f"Midpoint, Heun, RK4), one step for the whole batch, with gradient=Backprop(), got {self.solver!r} "
+                f"with {self.gradient!r}"
             )
         return Programs()
 

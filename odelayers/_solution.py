@@ -24,6 +24,7 @@ class Status(enum.IntEnum):
     MAX_STEPS = 3  # the step budget was spent before the end time
     STIFF = 4  # as MAX_STEPS or STEP_UNDERFLOW, with stability instead of accuracy limiting the step
     STEP_UNDERFLOW = 5  # the step size fell below what the time can resolve
+    UNSTABLE = 6  # the two coupled solutions of a reversible method came apart
 
 
 _CAUSE = {
@@ -32,6 +33,8 @@ _CAUSE = {
     Status.MAX_STEPS: "the step budget was spent",
     Status.STIFF: "the field is stiff: stability, not accuracy, limits the step",
     Status.STEP_UNDERFLOW: "the step size fell below the resolution of time",
+    Status.UNSTABLE: "the two coupled solutions of the reversible method came apart: the field contracts too much, or "
+    "the steps are too long",
 }
 _REMEDY = {
     Status.NONFINITE: "check these rows of the input and the field's parameters",
@@ -40,6 +43,8 @@ _REMEDY = {
     Status.STIFF: "use an implicit method (solver=TorchDiffEq('scipy_solver') runs Radau; it goes with "
     "gradient=Adjoint()), shorten the time, or regularise the field; raising max_steps only takes longer",
     Status.STEP_UNDERFLOW: "the field may be discontinuous or singular there: loosen rtol/atol, or use a fixed grid",
+    Status.UNSTABLE: "use gradient=Checkpoint() or Backprop(), which take the solver's own steps; or more steps, a "
+    "shorter time, a smaller coupling; max_gap says how far apart they may be",
 }
 
 

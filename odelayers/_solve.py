@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
@@ -12,12 +13,14 @@ from torch import Tensor
 from odelayers._driver import Driver
 from odelayers._evaluator import Evaluator, OnCall
 from odelayers._field import Field, training_batchnorm, training_dropout
-from odelayers._gradients import Adjoint, Backprop, Checkpoint, Gradient
+from odelayers._gradients import Adjoint, Backprop, Checkpoint, Gradient, Reversible
 from odelayers._solution import SolveError, Stats, Status
 from odelayers._solvers import Programs, Solver
 from odelayers._solvers.base import fail, nonfinite_rows
 
 __all__ = ["Problem", "check_pair", "solve"]
+
+GRADIENTS = (Backprop(), Checkpoint(), Reversible(), Adjoint())
 
 
 @dataclass(frozen=True)
@@ -41,13 +44,18 @@ class Problem:
 def check_pair(solver: Solver, gradient: Gradient, where: str) -> None:
     """Refuse a gradient that cannot differentiate through the solver, naming those that can."""
     if not isinstance(gradient, Gradient):
-        raise TypeError(f"{where}: gradient: expected Backprop(), Checkpoint() or Adjoint(), got {gradient!r}")
+        raise TypeError(f"{where}: gradient: expected {_choice(GRADIENTS)}, got {gradient!r}")
     if not gradient.accepts(solver):
-        legal = [type(g).__name__ + "()" for g in (Backprop(), Checkpoint(), Adjoint()) if g.accepts(solver)]
+        legal = [g for g in GRADIENTS if g.accepts(solver)]
         raise ValueError(
             f"{where}: {type(gradient).__name__}() cannot differentiate through {solver!r}; with this solver use "
-            f"gradient={' or '.join(legal)}"
+            f"gradient={_choice(legal)}"
         )
+
+
+def _choice(gradients: Sequence[Gradient]) -> str:
+    """The calls that make one of these gradients."""
+    return " or ".join(f"{type(gradient).__name__}()" for gradient in gradients)
 
 
 def check_layers(field: Field, gradient: Gradient, where: str) -> None:

@@ -6,7 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -16,7 +16,19 @@ from odelayers._evaluator import Evaluator
 from odelayers._field import as_rows
 from odelayers._solution import SolveError, Status
 
-__all__ = ["MarchingSolver", "Norm", "Path", "Solver", "Step", "Taken", "Trace", "fail", "row_rms"]
+__all__ = [
+    "Invertible",
+    "MarchingSolver",
+    "Norm",
+    "Path",
+    "Solver",
+    "Step",
+    "Taken",
+    "Trace",
+    "fail",
+    "leaf",
+    "row_rms",
+]
 
 State = tuple[Tensor, ...]
 Norm = Callable[[Tensor], Tensor]
@@ -131,8 +143,26 @@ class MarchingSolver(Solver):
         return trace.path()
 
 
+def leaf(x: Tensor) -> Tensor:
+    """The same values as the leaf of a new graph."""
+    return x.detach().requires_grad_()
+
+
+class Invertible(Protocol):
+    """A march whose steps can be undone.
+
+    Its state begins with two solutions of one equation, the first of which comes out; a step has an output at its end
+    or none.
+    """
+
+    def start(self, f: Evaluator, t0: float, z0: Tensor, driver: Driver) -> State: ...
+    def march(self, f: Evaluator, z0: Tensor, ts: Sequence[float], driver: Driver, norm: Norm) -> Iterator[Taken]: ...
+    def undo(self, f: Evaluator, step: Step, after: State, driver: Driver) -> Iterator[tuple[State, State]]:
+        """Undo a step in one part or more, the last first: the leaves before each part, and what it makes of them."""
+
+
 def fail(
-    solver: Solver, f: Evaluator, rows: Tensor, s: Time, driver: Driver, status: Status, note: str = ""
+    solver: object, f: Evaluator, rows: Tensor, s: Time, driver: Driver, status: Status, note: str = ""
 ) -> SolveError:
     """The error for the rows flagged in `rows` (B,), which failed at the solver's time s, or each at its own."""
     index = rows.nonzero().flatten()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from odelayers._driver import Driver, NoisyClock
 from odelayers._evaluator import Evaluator
-from odelayers._solvers.base import State, Step
+from odelayers._solvers.base import State, Step, leaf
 from odelayers._solvers.fixed import FixedGrid
 
 __all__ = ["EulerMaruyama", "Milstein", "ReversibleHeun", "StratonovichHeun"]
@@ -134,3 +135,15 @@ class ReversibleHeun(FixedGrid):
         fresh = driver.terms(f, s.t + s.h, reflected)
         mean = tuple((a + b) / 2 for a, b in zip(terms, fresh, strict=True))
         return (driver.advance(z, mean, s.h, dw), reflected, *fresh)
+
+    def undo(self, f: Evaluator, step: Step, after: State, driver: Driver) -> Iterator[tuple[State, State]]:
+        """Undo a step: the same formulas with -h and -dW, and the step taken again from there."""
+        (z, mirror, *terms), dw = after, driver.increment(step.number, step.h)
+        back = None if dw is None else -dw
+        reflected = driver.advance(2 * z - mirror, tuple(terms), -step.h, back)
+        fresh = driver.terms(f, step.t, reflected)
+        mean = tuple((a + b) / 2 for a, b in zip(terms, fresh, strict=True))
+        before = tuple(map(leaf, (driver.advance(z, mean, -step.h, back), reflected, *fresh)))
+        with torch.enable_grad():
+            again = self.step(f, step, before, driver)
+        yield before, again
