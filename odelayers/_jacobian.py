@@ -13,7 +13,7 @@ from odelayers._field import Field, as_rows, training_batchnorm, training_dropou
 from odelayers._linalg import check_rows_finite
 from odelayers._linearize import linearization, product
 
-__all__ = ["jacobian", "jvp", "value_and_jacobian"]
+__all__ = ["jacobian", "jvp", "refuse_batch_statistics", "value_and_jacobian"]
 
 _CACHED = 2**19  # numbers; conv fields of 784 and 3136 coordinates are 1.4 to 4 times faster than all at once
 
@@ -76,12 +76,7 @@ def value_and_jacobian(
     z = state(z, "jacobian")
     if chunk_size is not None:
         positive_int(chunk_size, "jacobian: chunk_size")
-    culprit = training_batchnorm(field.f)
-    if culprit is not None:
-        raise ValueError(
-            f"jacobian: field {field.name} contains {culprit} with batch statistics, through which the rows of z "
-            f"interact; use GroupNorm instead, or call .eval() on the field first"
-        )
+    refuse_batch_statistics(field, "jacobian")
     factors = linearization(field, z, t)
     if factors is None:
         out, J = _differentiate(field, z, t, chunk_size)
@@ -92,6 +87,16 @@ def value_and_jacobian(
         check_rows_finite(out, f"jacobian: field {field.name}: f(z)")
         check_rows_finite(J, f"jacobian: field {field.name}: J")
     return out, J
+
+
+def refuse_batch_statistics(field: Field, where: str) -> None:
+    """Raise ValueError where a BatchNorm lets the rows of z interact, so that none has a Jacobian of its own."""
+    culprit = training_batchnorm(field.f)
+    if culprit is not None:
+        raise ValueError(
+            f"{where}: field {field.name} contains {culprit} with batch statistics, through which the rows of z "
+            f"interact; use GroupNorm instead, or call .eval() on the field first"
+        )
 
 
 def jvp(f: Callable[..., Tensor], z: Tensor, v: Tensor, t: Tensor | float = 0.0) -> Tensor:

@@ -11,7 +11,15 @@ from torch import Tensor
 from odelayers._checks import at_least_float32, one_of
 from odelayers._squaring import bounds_by_squaring, number_of_squarings, power_of_two
 
-__all__ = ["check_rows_finite", "eigenvalues", "finite_square", "gershgorin", "log_norm", "spectral_abscissa"]
+__all__ = [
+    "check_rows_finite",
+    "eigenpairs",
+    "eigenvalues",
+    "finite_square",
+    "gershgorin",
+    "log_norm",
+    "spectral_abscissa",
+]
 
 _AXES = ("row", "column")
 _METHODS = ("eig", "squaring")
@@ -124,6 +132,13 @@ def eigenvalues(J: Tensor, where: str) -> Tensor:
     X, scale = _prepared(finite_square(J, where))
     values: Tensor = torch.linalg.eigvals(X)
     return (values - _SHIFT) * scale
+
+
+def eigenpairs(J: Tensor, where: str, *, symmetric: bool = False) -> tuple[Tensor, Tensor]:
+    """Give all eigenvalues (..., n) and unit eigenvectors (..., n, n) in columns; rising and real if symmetric."""
+    X, scale = _prepared(finite_square(J, where))
+    values, vectors = torch.linalg.eigh(X) if symmetric else torch.linalg.eig(X)
+    return (values - _SHIFT) * scale, vectors
 
 
 def check_rows_finite(x: Tensor, where: str) -> None:

@@ -16,17 +16,21 @@ from odelayers._evaluator import Evaluator
 from odelayers._field import Field, as_rows
 from odelayers._hurwitz import is_hurwitz
 from odelayers._jacobian import jacobian, value_and_jacobian
+from odelayers._krylov import RitzValues, euclidean_log_norm, rightmost_eigenvalues
 from odelayers._linalg import eigenvalues, gershgorin, log_norm, spectral_abscissa
 from odelayers._solvers.fixed import RK4
 
 __all__ = [
+    "RitzValues",
     "StabilityReport",
     "check_stability",
+    "euclidean_log_norm",
     "gershgorin",
     "is_hurwitz",
     "jacobian",
     "log_norm",
     "lyapunov_exponents",
+    "rightmost_eigenvalues",
     "spectral_abscissa",
     "spectrum",
 ]
