@@ -95,11 +95,13 @@ class Stats:
     """How a solve went.
 
     Attributes:
-        nfe: evaluations of the field in the forward solve, each over the whole batch.
+        nfe: evaluations of the field in the forward solve, each over the whole batch or, where t1 is an `Equilibrium`,
+            over the rows that have not stopped.
         accepted: steps taken.
         rejected: steps tried and thrown away by the step size control.
         status: `(B,)` integers, a `Status` per row (0 is OK).
         failed_at: `(B,)` the time at which a row failed, NaN for a healthy one.
+        settled: `(B,)` bool, which rows came to rest, where t1 is an `Equilibrium`; otherwise None.
 
     Example:
         >>> import torch, odelayers
@@ -113,6 +115,7 @@ class Stats:
     rejected: int
     status: Tensor
     failed_at: Tensor
+    settled: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -120,7 +123,8 @@ class Solution:
     """What came out of `block.solve`.
 
     Attributes:
-        ts: `(T,)` output times, `ts[0]` the start; `(2, B)` where every sample has its own end time.
+        ts: `(T,)` output times, `ts[0]` the start; `(2, B)` where every sample has its own end time, which
+            under an `Equilibrium` is the one at which it stopped (NaN if it failed).
         zs: `(T, B, ...)` states at these times.
         stats: evaluations, steps and the status of every row.
         running: one `(B,)` integral over the solve for each running regulariser.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,17 +12,18 @@ from torch import Tensor
 from odelayers._driver import Driver
 from odelayers._evaluator import Evaluator, OnCall
 from odelayers._field import Field, training_batchnorm, training_dropout
-from odelayers._gradients import Adjoint, Backprop, Checkpoint, Gradient
+from odelayers._gradients import Adjoint, Backprop, Checkpoint, Gradient, Implicit
 from odelayers._solution import SolveError, Stats, Status
-from odelayers._solvers import Solver
+from odelayers._solvers import AdaptiveRungeKutta, FixedRungeKutta, Settling, Solver
 from odelayers._solvers.base import fail, nonfinite_rows
+from odelayers._times import Equilibrium
 
-__all__ = ["Problem", "check_pair", "solve"]
+__all__ = ["Problem", "Solved", "check_end", "check_layers", "check_pair", "solve"]
 
 
 @dataclass(frozen=True)
 class Problem:
-    """What is to be solved: a field from z0 through the solver's times ts under a driver."""
+    """What is to be solved: a field from z0 through the solver's times ts, or to an equilibrium, under a driver."""
 
     field: Field
     z0: Tensor
@@ -29,11 +31,20 @@ class Problem:
     driver: Driver
     half: torch.dtype | None = None
     on_call: tuple[OnCall, ...] = ()
+    equilibrium: Equilibrium | None = None
 
     def take(self, rows: Tensor) -> Problem:
         """The same problem for these rows of the batch alone."""
         field = self.field.take(rows, self.z0.shape[0])
         return replace(self, field=field, z0=self.z0[rows], driver=self.driver.take(rows))
+
+
+class Solved(NamedTuple):
+    """States `(T, B, ...)`, statistics and, of a solve to an equilibrium, the time `(B,)` at which each row stopped."""
+
+    zs: Tensor
+    stats: Stats
+    ends: Tensor | None = None
 
 
 def check_pair(solver: Solver, gradient: Gradient, where: str) -> None:
@@ -45,6 +56,36 @@ def check_pair(solver: Solver, gradient: Gradient, where: str) -> None:
         raise ValueError(
             f"{where}: {type(gradient).__name__}() cannot differentiate through {solver!r}; with this solver use "
             f"gradient={' or '.join(legal)}"
+        )
+
+
+def check_end(end: Any, t0: float, solver: Solver, gradient: Gradient, timed: bool, where: str) -> None:
+    """Refuse an end time that the start, the solver, the gradient or the field does not go with."""
+    if not isinstance(end, Equilibrium):
+        if isinstance(gradient, Implicit):
+            raise ValueError(
+                f"{where}: {gradient!r} is the gradient of an equilibrium, got t1={end!r}; "
+                f"give t1=Equilibrium(tol, t_max), or use gradient=Backprop()"
+            )
+        return
+    where = f"{where}: t1={end!r}"
+    if end.t_max <= t0:
+        raise ValueError(f"{where}: expected t_max after t0={t0}: an equilibrium is what the field comes to in time")
+    if solver.calculus:
+        raise ValueError(f"{where}: noise never comes to rest; use ODEBlock(f, t1=...) for the field without it")
+    if not isinstance(solver, FixedRungeKutta | AdaptiveRungeKutta):
+        raise ValueError(
+            f"{where}: {solver!r} does not stop row by row; use Dopri5(), Tsit5(), Euler, Midpoint, Heun or RK4(steps)"
+        )
+    if not isinstance(gradient, Backprop | Checkpoint | Implicit):
+        raise ValueError(
+            f"{where}: {gradient!r} solves backwards, out of the equilibrium, where the past cannot be recovered; use "
+            f"gradient=Backprop() or Checkpoint(), or Implicit() for the derivative of the equilibrium itself"
+        )
+    if isinstance(gradient, Implicit) and timed:
+        raise ValueError(
+            f"{where}: {gradient!r} takes f(z) = 0 for granted, and the field takes the time; say time=False if it is "
+            f"a context, drop the time from f, or use gradient=Backprop()"
         )
 
 
@@ -69,8 +110,8 @@ def check_layers(field: Field, gradient: Gradient, where: str) -> None:
     warnings.warn(trouble, UserWarning, stacklevel=5)
 
 
-def solve(problem: Problem, solver: Solver, gradient: Gradient, isolate: bool) -> tuple[Tensor, Stats]:
-    """States `(T, B, ...)` and statistics; with `isolate`, failed rows are NaN and the others as if alone."""
+def solve(problem: Problem, solver: Solver, gradient: Gradient, isolate: bool) -> Solved:
+    """Solve; with `isolate`, failed rows are NaN and the others as if alone."""
     batch, device = problem.z0.shape[0], problem.z0.device
     status = torch.zeros(batch, dtype=torch.long, device=device)
     failed_at = torch.full((batch,), torch.nan, device=device)
@@ -78,8 +119,9 @@ def solve(problem: Problem, solver: Solver, gradient: Gradient, isolate: bool) -
     part, nfe = problem, 0
     while True:
         f = Evaluator(part.field, len(rows), part.half, part.on_call)
+        way = _way(solver, part.equilibrium)
         try:
-            path = gradient.solve(solver, f, part.z0, part.ts, part.driver)
+            path = gradient.solve(way, f, part.z0, part.ts, part.driver)
             _check_range(path.zs, part, solver, f)
             break
         except SolveError as error:
@@ -92,13 +134,33 @@ def solve(problem: Problem, solver: Solver, gradient: Gradient, isolate: bool) -
             rows = (status == 0).nonzero().flatten()
             if not len(rows):
                 zs = problem.z0.new_full((len(problem.ts), *problem.z0.shape), torch.nan)
-                return zs, Stats(nfe, 0, 0, status, failed_at)
+                settled, ends = _settled(problem, rows, way)
+                return Solved(zs, Stats(nfe, 0, 0, status, failed_at, settled), ends)
             part = problem.take(rows)
-    zs = path.zs
+    zs = path.zs.expand(len(problem.ts), *part.z0.shape)  # rows at rest to begin with take no step
     if len(rows) < batch:
         # index_copy keeps the healthy rows in the graph and leaves the failed ones NaN without a gradient.
         zs = zs.new_full((len(problem.ts), *problem.z0.shape), torch.nan).index_copy(1, rows, zs)
-    return zs, Stats(nfe + f.nfe, path.accepted, path.rejected, status, failed_at)
+    settled, ends = _settled(problem, rows, way)
+    return Solved(zs, Stats(nfe + f.nfe, path.accepted, path.rejected, status, failed_at, settled), ends)
+
+
+def _way(solver: Solver, equilibrium: Equilibrium | None) -> Solver:
+    """The solver, or one that stops each row where it comes to rest."""
+    if equilibrium is None or not isinstance(solver, FixedRungeKutta | AdaptiveRungeKutta):
+        return solver
+    return Settling(solver, equilibrium.tol)
+
+
+def _settled(problem: Problem, rows: Tensor, way: Solver) -> tuple[Tensor | None, Tensor | None]:
+    """Which rows of the batch came to rest and when each stopped, from the record of the rows that were solved."""
+    if not isinstance(way, Settling):
+        return None, None
+    ends = problem.z0.new_full((len(problem.z0),), torch.nan)
+    settled = torch.zeros_like(ends, dtype=torch.bool)
+    if len(rows):
+        ends[rows], settled[rows] = way.ends, way.settled
+    return settled, ends
 
 
 def _check_range(zs: Tensor, part: Problem, solver: Solver, f: Evaluator) -> None:

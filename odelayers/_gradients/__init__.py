@@ -4,5 +4,6 @@ from odelayers._gradients.adjoint import Adjoint
 from odelayers._gradients.backprop import Backprop
 from odelayers._gradients.base import Gradient
 from odelayers._gradients.checkpoint import Checkpoint
+from odelayers._gradients.implicit import Implicit
 
-__all__ = ["Adjoint", "Backprop", "Checkpoint", "Gradient"]
+__all__ = ["Adjoint", "Backprop", "Checkpoint", "Gradient", "Implicit"]

@@ -94,6 +94,8 @@ class _Solve:
     def backward(self, z0: Tensor, gradient: Tensor) -> list[Tensor | None]:
         """The gradients with respect to z0 and the wanted tensors."""
         total: list[Tensor | None] = [None] * len(self.wanted)
+        if not self.steps:  # every row was at rest to begin with
+            return [gradient[0], *total]
         after_grads: list[Tensor | None] = []
         position = len(self.ts)
         for step, before in self._backwards():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -18,7 +18,7 @@ from odelayers._solvers.base import MarchingSolver, Norm, State, Step, Taken, fa
 from odelayers._solvers.stages import Stages, stages_like
 from odelayers._solvers.tableau import DOPRI5, TSIT5, Tableau
 
-__all__ = ["Dopri5", "Tsit5"]
+__all__ = ["AdaptiveRungeKutta", "Dopri5", "Tsit5"]
 
 SAFETY, SHRINK, GROW = 0.9, 0.2, 10.0
 # Beyond |h lambda| of about 3.3 an explicit method of order five is unstable (Hairer and Wanner, IV.2).
@@ -55,6 +55,14 @@ class AdaptiveRungeKutta(MarchingSolver):
     def start(self, f: Evaluator, t0: float, z0: Tensor, driver: Driver) -> State:
         return z0, driver.terms(f, t0, z0)[0].reshape(-1)
 
+    def rate(self, f: Evaluator, t: float, state: State, driver: Driver) -> Tensor:
+        return state[1].view(state[0].shape)
+
+    def resumed(self, taken: Taken) -> AdaptiveRungeKutta:
+        """The solver that goes on after a step of a march, with what is left of the budget."""
+        # One try at least: a budget that is spent is diagnosed by the march.
+        return replace(self, first_step=taken.proposed, max_steps=max(self.max_steps - taken.step.number, 1))
+
     def march(self, f: Evaluator, z0: Tensor, ts: Sequence[float], driver: Driver, norm: Norm) -> Iterator[Taken]:
         if vmapped(z0):
             raise RuntimeError(
@@ -84,9 +92,9 @@ class AdaptiveRungeKutta(MarchingSolver):
                     reached += 1
                 step = Step(tried, t, h * way, tuple((s - t) / (end - t) for s in ts[position:reached]))
                 after = self._after(attempt)
-                yield Taken(step, before, after, self._outputs(attempt, step, before[0]), rejected)
-                t, before, position, rejected = end, after, reached, 0
                 h *= min(GROW, SAFETY * worst ** (-1 / self.tableau.order)) if worst > 0 else GROW
+                yield Taken(step, before, after, self._outputs(attempt, step, before[0]), rejected, h)
+                t, before, position, rejected = end, after, reached, 0
             else:
                 h *= max(SHRINK, SAFETY * worst ** (-1 / self.tableau.order)) if math.isfinite(worst) else SHRINK
                 rejected += 1

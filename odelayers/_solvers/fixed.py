@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -19,7 +19,7 @@ from odelayers._solvers.base import MarchingSolver, Norm, State, Step, Taken, fa
 from odelayers._solvers.stages import Recorded
 from odelayers._solvers.tableau import EULER, HEUN, MIDPOINT, RK4 as RK4_TABLEAU, Tableau
 
-__all__ = ["RK4", "Euler", "FixedGrid", "Heun", "Midpoint"]
+__all__ = ["RK4", "Euler", "FixedGrid", "FixedRungeKutta", "Heun", "Midpoint"]
 
 
 @dataclass(frozen=True)
@@ -97,6 +97,10 @@ class FixedRungeKutta(FixedGrid):
     """An explicit Runge-Kutta method on a fixed grid."""
 
     tableau: ClassVar[Tableau]
+
+    def resumed(self, taken: Taken) -> FixedRungeKutta:
+        """The solver of the steps that are left after one of a march."""
+        return replace(self, steps=self.steps - taken.step.number - 1)
 
     def step(self, f: Evaluator, s: Step, before: State, driver: Driver) -> State:
         z = before[0]

@@ -1,0 +1,134 @@
+"""Solving until the field is at rest: a row that has settled is let go, and the others march on without it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from odelayers._driver import Driver
+from odelayers._evaluator import Evaluator, vmapped
+from odelayers._solution import SolveError
+from odelayers._solvers.adaptive import AdaptiveRungeKutta
+from odelayers._solvers.base import MarchingSolver, Norm, State, Step, Taken, nonfinite_rows
+from odelayers._solvers.fixed import FixedRungeKutta
+
+__all__ = ["Settling"]
+
+
+class Parting(NamedTuple):
+    """Which rows took a step, and by their place among these, who stops after it and who goes on (None: all do)."""
+
+    rows: Tensor
+    stop: Tensor | None = None
+    stay: Tensor | None = None
+
+
+class Settling(MarchingSolver):
+    """A solver for one solve, up to |f| <= tol in every row or to the end of its time; and the record of that solve.
+
+    Its steps are the inner solver's for the rows that are left: a row that has stopped is not evaluated again and has
+    no say in the step size. Its state is the whole batch's, with the stopped rows in place, followed by the inner
+    solver's for the rows that are left. It adds one host read a step and, on a fixed grid, one evaluation at the end.
+
+    After the march, `settled` `(B,)` says which rows came to rest and `ends` `(B,)` when each row stopped.
+    """
+
+    settled: Tensor
+    ends: Tensor
+
+    def __init__(self, solver: FixedRungeKutta | AdaptiveRungeKutta, tol: float) -> None:
+        self.solver, self.tol = solver, tol
+        self._partings: list[Parting] = []  # at the start, and after every step
+
+    def start(self, f: Evaluator, t0: float, z0: Tensor, driver: Driver) -> State:
+        return _after(z0, self.solver.start(f, t0, z0, driver), self._partings[0])
+
+    def again(self, f: Evaluator, step: Step, before: State, driver: Driver) -> tuple[State, list[Tensor]]:
+        now = self._partings[step.number]
+        after, _ = self.solver.again(_Part(f, now.rows), step, before[1:], driver.take(now.rows))
+        after = _after(before[0], after, now)
+        return after, [after[0]] if step.outputs else []
+
+    def march(self, f: Evaluator, z0: Tensor, ts: Sequence[float], driver: Driver, norm: Norm) -> Iterator[Taken]:
+        if vmapped(z0):
+            raise RuntimeError(
+                "Equilibrium under torch.func.vmap: whether a row is at rest is read on the host, which vmap forbids; "
+                "hand the rows over as one batch, or give a number as t1"
+            )
+        t, solver, note = ts[0], self.solver, ""
+        part = _Part(f, torch.arange(len(z0), device=z0.device))
+        self.settled, self.ends = torch.zeros_like(part.rows, dtype=torch.bool), z0.new_full((len(z0),), ts[-1])
+        state = solver.start(part, t, z0, driver)
+        now = self._parting(part, t, state[0], solver.rate(part, t, state, driver), last=False)
+        whole, *left = _after(z0, state, now)
+        while len(left[0]):
+            part, clock = part.without(now, left[0]), driver.take(part.rows)
+            try:
+                for taken in solver.march(part, left[0], (t, ts[-1]), clock, norm):
+                    last = bool(taken.step.outputs)
+                    t = ts[-1] if last else taken.step.t + taken.step.h
+                    now = self._parting(part, t, taken.after[0], solver.rate(part, t, taken.after, clock), last)
+                    before, (whole, *left) = (whole, *taken.before), _after(whole, taken.after, now)
+                    done = not len(left[0])
+                    step = taken.step._replace(number=len(self._partings) - 1, outputs=(1.0,) if done else ())
+                    yield Taken(step, before, (whole, *left), [whole] if done else [], taken.rejected)
+                    if now.stay is not None and not last:  # after the last step the march still looks for what failed
+                        solver, note = solver.resumed(taken), ", counted since rows last came to rest"
+                        break
+            except SolveError as error:
+                rows = tuple(part.rows[list(error.rows)].tolist())
+                where = f"{f.field.name} solved by {self.solver!r}"
+                raise SolveError(where, rows, error.t, error.status, error.note and error.note + note) from error
+
+    @torch.no_grad()
+    def _parting(self, part: _Part, t: float, z: Tensor, rate: Tensor, last: bool) -> Parting:
+        """Note who is at rest at the end of a step, and let them go; at the end of the time, all."""
+        part.known = z, rate
+        rest = (part.field.speed(rate) <= self.tol) & ~nonfinite_rows(z)
+        now = Parting(part.rows)
+        if last or bool(rest.any()):  # one host read a step
+            stops = torch.ones_like(rest) if last else rest
+            now = Parting(part.rows, stops.nonzero().flatten(), (~stops).nonzero().flatten())
+            self.settled[part.rows] = rest
+            self.ends[part.rows[now.stop]] = t
+        self._partings.append(now)
+        return now
+
+
+class _Part(Evaluator):
+    """The field for these rows of the batch alone, counted as the whole's; a value known already is not found again."""
+
+    def __init__(self, whole: Evaluator, rows: Tensor) -> None:
+        field = whole.field if len(rows) == whole.batch else whole.field.take(rows, whole.batch)
+        super().__init__(field, len(rows), whole.half, whole.on_call)
+        self.whole, self.rows, self.inspect = whole, rows, whole.inspect
+        self.known: tuple[Tensor, Tensor] | None = None
+
+    def without(self, now: Parting, z: Tensor) -> _Part:
+        """The part that is left after a parting, whose states are z."""
+        if now.stay is None or self.known is None:
+            return self
+        part = _Part(self.whole, self.rows[now.stay])
+        part.known = z, self.known[1][now.stay]
+        return part
+
+    def __call__(self, t: Tensor | float, z: Tensor) -> Tensor:
+        if self.known is not None and z is self.known[0]:
+            return self.known[1]
+        self.nfe = self.whole.nfe
+        value = super().__call__(t, z)
+        self.whole.nfe = self.nfe
+        return value
+
+
+def _after(whole: Tensor, left: State, now: Parting) -> State:
+    """The state after a parting: those who stop are put into the whole batch, the solver keeps those who stay."""
+    if now.stop is None or now.stay is None:
+        return whole, *left
+    whole = whole.index_copy(0, now.rows[now.stop], left[0][now.stop])
+    # What a solver carries has the rows as its first axis, or is flat, row after row.
+    n = len(now.rows)
+    return whole, *(torch.unflatten(x, 0, (n, -1))[now.stay].flatten(0, 1) for x in left)
