@@ -95,7 +95,10 @@ class _Point:
             )
         if not rows.any():
             return [None] * len(self.wanted)
-        part, z = self.f.take(rows.nonzero().flatten()), z[rows]
+        z = z[rows]
+        with torch.enable_grad():  # a context per row is picked in the graph
+            part = self.f.take(rows.nonzero().flatten())
+            dz = part(0.0, z)
         _, J = value_and_jacobian(part, z, check_finite=False)
         pulled, info = torch.linalg.solve_ex(J.mT, as_rows(gradient[rows]))
         singular = (info != 0) | ~pulled.isfinite().all(dim=1)
@@ -105,8 +108,6 @@ class _Point:
                 f"{rows.nonzero().flatten()[singular].tolist()}: they are not isolated, and no gradient is theirs "
                 f"alone; use gradient=Backprop()"
             )
-        with torch.enable_grad():
-            dz = part(0.0, z)
         if not dz.requires_grad:
             return [None] * len(self.wanted)
         return list(torch.autograd.grad(dz, self.wanted, -pulled.view(z.shape), allow_unused=True))

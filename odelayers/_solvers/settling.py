@@ -10,9 +10,9 @@ from torch import Tensor
 
 from odelayers._driver import Driver
 from odelayers._evaluator import Evaluator, vmapped
-from odelayers._solution import SolveError
+from odelayers._solution import SolveError, Status
 from odelayers._solvers.adaptive import AdaptiveRungeKutta
-from odelayers._solvers.base import MarchingSolver, Norm, State, Step, Taken, nonfinite_rows
+from odelayers._solvers.base import MarchingSolver, Norm, State, Step, Taken, fail, nonfinite_rows
 from odelayers._solvers.fixed import FixedRungeKutta
 
 __all__ = ["Settling"]
@@ -62,34 +62,54 @@ class Settling(MarchingSolver):
         part = _Part(f, torch.arange(len(z0), device=z0.device))
         self.settled, self.ends = torch.zeros_like(part.rows, dtype=torch.bool), z0.new_full((len(z0),), ts[-1])
         state = solver.start(part, t, z0, driver)
-        now = self._parting(part, t, state[0], solver.rate(part, t, state, driver), last=False)
+        now = self._parting(part, t, state[0], solver.rate(part, t, state, driver), driver)
         whole, *left = _after(z0, state, now)
         while len(left[0]):
             part, clock = part.without(now, left[0]), driver.take(part.rows)
-            try:
-                for taken in solver.march(part, left[0], (t, ts[-1]), clock, norm):
-                    last = bool(taken.step.outputs)
-                    t = ts[-1] if last else taken.step.t + taken.step.h
-                    now = self._parting(part, t, taken.after[0], solver.rate(part, t, taken.after, clock), last)
-                    before, (whole, *left) = (whole, *taken.before), _after(whole, taken.after, now)
-                    done = not len(left[0])
-                    step = taken.step._replace(number=len(self._partings) - 1, outputs=(1.0,) if done else ())
-                    yield Taken(step, before, (whole, *left), [whole] if done else [], taken.rejected)
-                    if now.stay is not None and not last:  # after the last step the march still looks for what failed
-                        solver, note = solver.resumed(taken), ", counted since rows last came to rest"
-                        break
-            except SolveError as error:
-                rows = tuple(part.rows[list(error.rows)].tolist())
-                where = f"{f.field.name} solved by {self.solver!r}"
-                raise SolveError(where, rows, error.t, error.status, error.note and error.note + note) from error
+            for taken in self._steps(solver, part, left[0], (t, ts[-1]), clock, norm, note):
+                last = bool(taken.step.outputs)
+                t = ts[-1] if last else taken.step.t + taken.step.h
+                rate = solver.rate(part, t, taken.after, clock)
+                now = self._parting(part, t, taken.after[0], rate, clock, last)
+                before, (whole, *left) = (whole, *taken.before), _after(whole, taken.after, now)
+                done = not len(left[0])
+                step = taken.step._replace(number=len(self._partings) - 1, outputs=(1.0,) if done else ())
+                yield Taken(step, before, (whole, *left), [whole] if done else [], taken.rejected)
+                if done:
+                    return
+                if now.stay is not None:
+                    solver, note = solver.resumed(taken), ", counted since rows last came to rest"
+                    break
+
+    def _steps(
+        self,
+        solver: FixedRungeKutta | AdaptiveRungeKutta,
+        part: _Part,
+        z: Tensor,
+        ts: Sequence[float],
+        driver: Driver,
+        norm: Norm,
+        note: str,
+    ) -> Iterator[Taken]:
+        """The solver's steps for a part of the batch; rows that fail in it are named as those of the whole."""
+        try:
+            yield from solver.march(part, z, ts, driver, norm)
+        except SolveError as error:
+            rows = tuple(part.rows[list(error.rows)].tolist())
+            where = f"{part.field.name} solved by {self.solver!r}"
+            raise SolveError(where, rows, error.t, error.status, error.note and error.note + note) from error
 
     @torch.no_grad()
-    def _parting(self, part: _Part, t: float, z: Tensor, rate: Tensor, last: bool) -> Parting:
-        """Note who is at rest at the end of a step, and let them go; at the end of the time, all."""
+    def _parting(self, part: _Part, t: float, z: Tensor, rate: Tensor, driver: Driver, last: bool = False) -> Parting:
+        """Note who is at rest after a step, or at the start, and let them go; at the end of the time, let all go."""
         part.known = z, rate
-        rest = (part.field.speed(rate) <= self.tol) & ~nonfinite_rows(z)
-        now = Parting(part.rows)
-        if last or bool(rest.any()):  # one host read a step
+        now, start = Parting(part.rows), not self._partings
+        lost = nonfinite_rows(z) | nonfinite_rows(rate) if start else nonfinite_rows(z)
+        rest = (part.field.speed(rate) <= self.tol) & ~lost
+        if last or bool((rest | lost).any()):  # one host read a step
+            if lost.any():
+                whole = torch.zeros_like(self.settled).index_copy(0, part.rows, lost)
+                raise fail(self.solver, part, whole, t, driver, Status.NONFINITE if start else Status.BLOW_UP)
             stops = torch.ones_like(rest) if last else rest
             now = Parting(part.rows, stops.nonzero().flatten(), (~stops).nonzero().flatten())
             self.settled[part.rows] = rest
