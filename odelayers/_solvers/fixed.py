@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -97,10 +97,6 @@ class FixedRungeKutta(FixedGrid):
     """An explicit Runge-Kutta method on a fixed grid."""
 
     tableau: ClassVar[Tableau]
-
-    def resumed(self, taken: Taken) -> FixedRungeKutta:
-        """The solver of the steps that are left after one of a march."""
-        return replace(self, steps=self.steps - taken.step.number - 1)
 
     def step(self, f: Evaluator, s: Step, before: State, driver: Driver) -> State:
         z = before[0]

@@ -58,7 +58,8 @@ class Settling(MarchingSolver):
                 "Equilibrium under torch.func.vmap: whether a row is at rest is read on the host, which vmap forbids; "
                 "hand the rows over as one batch, or give a number as t1"
             )
-        t, solver, note = ts[0], self.solver, ""
+        t, solver = ts[0], self.solver
+        self._grid = solver.grid(ts) if isinstance(solver, FixedRungeKutta) else []
         part = _Part(f, torch.arange(len(z0), device=z0.device))
         self.settled, self.ends = torch.zeros_like(part.rows, dtype=torch.bool), z0.new_full((len(z0),), ts[-1])
         state = solver.start(part, t, z0, driver)
@@ -66,7 +67,7 @@ class Settling(MarchingSolver):
         whole, *left = _after(z0, state, now)
         while len(left[0]):
             part, clock = part.without(now, left[0]), driver.take(part.rows)
-            for taken in self._steps(solver, part, left[0], (t, ts[-1]), clock, norm, note):
+            for taken in self._steps(solver, part, tuple(left), (t, ts[-1]), clock, norm):
                 last = bool(taken.step.outputs)
                 t = ts[-1] if last else taken.step.t + taken.step.h
                 rate = solver.rate(part, t, taken.after, clock)
@@ -75,45 +76,52 @@ class Settling(MarchingSolver):
                 done = not len(left[0])
                 step = taken.step._replace(number=len(self._partings) - 1, outputs=(1.0,) if done else ())
                 yield Taken(step, before, (whole, *left), [whole] if done else [], taken.rejected)
-                if done:
-                    return
                 if now.stay is not None:
-                    solver, note = solver.resumed(taken), ", counted since rows last came to rest"
+                    solver = solver.resumed(taken) if isinstance(solver, AdaptiveRungeKutta) else solver
                     break
 
     def _steps(
         self,
         solver: FixedRungeKutta | AdaptiveRungeKutta,
         part: _Part,
-        z: Tensor,
+        before: State,
         ts: Sequence[float],
         driver: Driver,
         norm: Norm,
-        note: str,
     ) -> Iterator[Taken]:
-        """The solver's steps for a part of the batch; rows that fail in it are named as those of the whole."""
+        """The steps that are left, for a part of the batch; rows that fail in it are named as those of the whole."""
+        if isinstance(solver, FixedRungeKutta):
+            for step in self._grid[len(self._partings) - 1 :]:
+                after, outputs = solver.again(part, step, before, driver)
+                yield Taken(step, before, after, outputs, 0)
+                before = after
+            return
         try:
-            yield from solver.march(part, z, ts, driver, norm)
+            yield from solver.march(part, before[0], ts, driver, norm)
         except SolveError as error:
             rows = tuple(part.rows[list(error.rows)].tolist())
+            note = f"{error.note}, counted since rows last came to rest" if solver is not self.solver else error.note
             where = f"{part.field.name} solved by {self.solver!r}"
-            raise SolveError(where, rows, error.t, error.status, error.note and error.note + note) from error
+            raise SolveError(where, rows, error.t, error.status, note) from error
 
     @torch.no_grad()
     def _parting(self, part: _Part, t: float, z: Tensor, rate: Tensor, driver: Driver, last: bool = False) -> Parting:
         """Note who is at rest after a step, or at the start, and let them go; at the end of the time, let all go."""
         part.known = z, rate
         now, start = Parting(part.rows), not self._partings
-        lost = nonfinite_rows(z) | nonfinite_rows(rate) if start else nonfinite_rows(z)
-        rest = (part.field.speed(rate) <= self.tol) & ~lost
-        if last or bool((rest | lost).any()):  # one host read a step
+        speed = part.field.speed(rate)
+        if start or last or not bool((speed > self.tol).all()):  # one host read a step; NaN is looked at too
+            lost = nonfinite_rows(z) | nonfinite_rows(rate) if start else nonfinite_rows(z)
             if lost.any():
                 whole = torch.zeros_like(self.settled).index_copy(0, part.rows, lost)
                 raise fail(self.solver, part, whole, t, driver, Status.NONFINITE if start else Status.BLOW_UP)
+            rest = speed <= self.tol
             stops = torch.ones_like(rest) if last else rest
-            now = Parting(part.rows, stops.nonzero().flatten(), (~stops).nonzero().flatten())
-            self.settled[part.rows] = rest
-            self.ends[part.rows[now.stop]] = t
+            stop = stops.nonzero().flatten()
+            if len(stop):
+                now = Parting(part.rows, stop, (~stops).nonzero().flatten())
+                self.settled[part.rows] = rest
+                self.ends[part.rows[stop]] = t
         self._partings.append(now)
         return now
 
