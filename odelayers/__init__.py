@@ -1,7 +1,7 @@
 """Differential-equation layers for PyTorch: blocks, solvers, gradients, stability checks and regularisers."""
 
 from odelayers._driver import Uniform
-from odelayers._gradients import Adjoint, Backprop, Checkpoint, Reversible
+from odelayers._gradients import Adjoint, Backprop, Checkpoint, Implicit, Reversible
 from odelayers._solution import GradientError, Solution, SolveError, Stats, Status
 from odelayers._solvers import (
     RK4,
@@ -17,6 +17,7 @@ from odelayers._solvers import (
     TorchSDE,
     Tsit5,
 )
+from odelayers._times import Equilibrium
 from odelayers.blocks import AugmentedODEBlock, DropoutSDEBlock, ODEBlock, SDEBlock, count_nfe
 from odelayers.fields import MLP, ConvexPotential, ConvField, SineField, SkewSymmetric
 from odelayers.heads import orthogonal_head, simplex_head
@@ -56,10 +57,12 @@ __all__ = [
     "ConvexPotential",
     "Dopri5",
     "DropoutSDEBlock",
+    "Equilibrium",
     "Euler",
     "EulerMaruyama",
     "GradientError",
     "Heun",
+    "Implicit",
     "JacobianRegularizer",
     "KineticRegularizer",
     "LyaNetRegularizer",

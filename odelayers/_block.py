@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from odelayers import _checks
 from odelayers._driver import Driver, Uniform
 from odelayers._field import Field, takes_time
-from odelayers._gradients import Backprop, Gradient
+from odelayers._gradients import Backprop, Gradient, Implicit
 from odelayers._running import RunningField, RunningRegularizer
 from odelayers._solution import Solution, Stats
-from odelayers._solve import Problem, check_layers, check_pair, solve
+from odelayers._solve import Problem, check_end, check_layers, check_pair, solve
 from odelayers._solvers import AdaptiveRungeKutta, Dopri5, FixedRungeKutta, Programs, Solver, Tsit5
-from odelayers._times import Times, end_times, output_times
+from odelayers._times import Equilibrium, Times, end_times, output_times
 
 __all__ = ["Block", "resolve_solver"]
 
@@ -47,7 +47,7 @@ class Block(nn.Module):
         f: FieldFunction,
         *,
         t0: float,
-        t1: float | Uniform | nn.Parameter,
+        t1: float | Uniform | Equilibrium | nn.Parameter,
         solver: Solver,
         gradient: Gradient,
         time: bool | None,
@@ -62,8 +62,9 @@ class Block(nn.Module):
         if isinstance(t1, nn.Parameter):
             if t1.ndim != 0:
                 raise ValueError(f"{self._where}: t1: expected a 0-d parameter, got shape {tuple(t1.shape)}")
-        elif not isinstance(t1, Uniform):
+        elif not isinstance(t1, Uniform | Equilibrium):
             t1 = _checks.finite_number(t1, f"{self._where}: t1")
+        check_end(t1, self.t0, solver, gradient, self._takes_time, self._where, compile)
         self.f, self.t1, self.solver, self.gradient = f, t1, solver, gradient
         self.on_failure = _checks.one_of(on_failure, f"{self._where}: on_failure", ON_FAILURE)
         self._counters: list[Callable[[], None]] = []
@@ -91,12 +92,13 @@ class Block(nn.Module):
         said = f"{f}t0={self.t0}, t1={self.t1}, solver={self.solver}, gradient={self.gradient}"
         return said if self._programs is None else f"{said}, compile=True"
 
-    def forward(self, z: Tensor, t1: float | Tensor | None = None, *, context: Any = None) -> Tensor:
+    def forward(self, z: Tensor, t1: float | Tensor | Equilibrium | None = None, *, context: Any = None) -> Tensor:
         """The state at the end time.
 
         Args:
             z: initial state `(B, ...)`; sets the device and dtype.
-            t1: end time in place of the block's: a float, a 0-d tensor (differentiable) or `(B,)`, one per sample.
+            t1: end time in place of the block's: a float, a 0-d tensor (differentiable), `(B,)`, one per sample, or an
+                `Equilibrium`.
             context: tensor or tuple of tensors passed to the field after z; with first axis B it is per sample.
 
         Returns:
@@ -113,7 +115,7 @@ class Block(nn.Module):
         z: Tensor,
         ts: Tensor | Sequence[float] | None = None,
         *,
-        t1: float | Tensor | None = None,
+        t1: float | Tensor | Equilibrium | None = None,
         context: Any = None,
         generator: torch.Generator | None = None,
         noise: Tensor | None = None,
@@ -125,7 +127,7 @@ class Block(nn.Module):
         Args:
             z: initial state `(B, ...)`; sets the device and dtype.
             ts: output times `(T,)`, strictly increasing or decreasing, shared by the batch; `ts[0]` is the start and
-                takes the place of t0. Default: the start and the end.
+                takes the place of t0. Default: the start and the end. Not where t1 is an `Equilibrium`.
             t1: end time in place of the block's, as in a call; not together with ts.
             context: passed to the field after z, as in a call.
             generator: draws the noise and random end times; default torch's global generator.
@@ -150,6 +152,11 @@ class Block(nn.Module):
             raise TypeError(f"{where}: running: expected a list of regularisers, got {type(running).__name__}")
         if running and not self._accumulates:
             raise ValueError(f"{where}: running: regularisers accumulate along ODE solves; use an ODEBlock")
+        if running and isinstance(self.gradient, Implicit):
+            raise ValueError(
+                f"{where}: running: {self.gradient!r} is the gradient of the equilibrium, not of the way to it, along "
+                f"which regularisers accumulate; use gradient=Backprop()"
+            )
         z0 = self._enter(z if half is None else z.float())
         times = self._times(z0, ts, t1, generator)
         field = Field.of(self.f, self._takes_time, context)
@@ -161,23 +168,34 @@ class Block(nn.Module):
         if running:
             field = RunningField.around(field, running, z0, generator)
             start = field.enter(z0)
-        problem = Problem(field, start, times.solver, driver, half, tuple(self._counters), self._programs)
-        zs, stats = solve(problem, self.solver, self.gradient, isolate)
+        counters = tuple(self._counters)
+        problem = Problem(field, start, times.solver, driver, half, counters, self._programs, times.equilibrium)
+        zs, stats, ends = solve(problem, self.solver, self.gradient, isolate)
+        ts = times.reported if ends is None else torch.stack([times.reported[0], ends])
         totals: tuple[Tensor, ...] = ()
         if isinstance(field, RunningField):
             zs, totals = field.leave(zs)
-        return Solution(times.reported, self._leave(zs if half is None else zs.to(half)), stats, totals)
+        return Solution(ts, self._leave(zs if half is None else zs.to(half)), stats, totals)
 
     def _times(
-        self, z0: Tensor, ts: Tensor | Sequence[float] | None, t1: float | Tensor | None, generator: Any
+        self, z0: Tensor, ts: Tensor | Sequence[float] | None, t1: float | Tensor | Equilibrium | None, generator: Any
     ) -> Times:
         if ts is not None:
+            if isinstance(self.t1, Equilibrium):
+                raise ValueError(
+                    f"{self._where}: ts: under t1={self.t1!r} every row stops at a time of its own, and there are no "
+                    f"output times for all; use a block with another t1 to see states on the way"
+                )
             if t1 is not None:
                 raise ValueError(f"{self._where}: expected ts or t1, got both; the last of ts is the end time")
             return output_times(ts, z0, self._where)
         end = self.t1 if t1 is None else t1
         if isinstance(end, Uniform):
             end = end.draw(generator) if self.training else end.mean
+        if t1 is not None:
+            check_end(
+                t1, self.t0, self.solver, self.gradient, self._takes_time, self._where, self._programs is not None
+            )
         return end_times(self.t0, end, z0, self._where)
 
     def _still(
@@ -187,7 +205,8 @@ class Block(nn.Module):
         zs = torch.stack([z0] * len(times.solver))
         nothing = torch.zeros(len(z0), dtype=torch.long, device=z0.device)
         never = torch.full_like(nothing, torch.nan, dtype=torch.get_default_dtype())
-        stats = Stats(0, 0, 0, nothing, never, nothing.clone())
+        settled = None if times.equilibrium is None else nothing.bool()
+        stats = Stats(0, 0, 0, nothing, never, nothing.clone(), settled)
         totals = tuple(z0.new_zeros(len(z0)) for _ in running)
         return Solution(times.reported, self._leave(zs if half is None else zs.to(half)), stats, totals)
 

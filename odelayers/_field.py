@@ -65,6 +65,7 @@ class Field:
     f: Callable[..., Tensor]
     takes_time: bool
     context: tuple[Tensor, ...] = ()
+    per_row: tuple[bool, ...] | None = None  # which of the context is; decided when rows are first taken
 
     @classmethod
     def of(cls, f: Callable[..., Tensor], time: bool | None = None, context: Any = None) -> Field:
@@ -104,8 +105,16 @@ class Field:
 
     def take(self, rows: Tensor, batch: int) -> Field:
         """The same field for these rows alone: context with the batch's size as its first axis is per row."""
-        picked = tuple(c[rows] if c.ndim and c.shape[0] == batch else c for c in self.context)
-        return replace(self, context=picked)
+        per_row = self.per_row  # kept: a context for all may have as many entries as rows are left
+        if per_row is None:
+            per_row = tuple(c.ndim > 0 and c.shape[0] == batch for c in self.context)
+        picked = tuple(c[rows] if own else c for c, own in zip(self.context, per_row, strict=True))
+        return replace(self, context=picked, per_row=per_row)
+
+    def speed(self, dz: Tensor) -> Tensor:
+        """|dz/dt| of each row, Euclidean over its coordinates, `(B,)`."""
+        norm: Tensor = torch.linalg.vector_norm(as_rows(dz), dim=1)
+        return norm
 
     @property
     def name(self) -> str:

@@ -45,7 +45,7 @@ class RunningField(Field):
         probe = torch.zeros_like(z0)
         if any(r.needs_jacobian for r in regularizers):
             probe = torch.randn(z0.shape, generator=generator, dtype=z0.dtype, device=z0.device)
-        return cls(field.f, field.takes_time, field.context, field, tuple(regularizers), probe)
+        return cls(field.f, field.takes_time, field.context, field=field, regularizers=tuple(regularizers), probe=probe)
 
     def take(self, rows: Tensor, batch: int) -> RunningField:
         field, probe = self._parts()
@@ -54,6 +54,10 @@ class RunningField(Field):
 
     def with_context(self, context: tuple[Tensor, ...]) -> RunningField:
         return replace(self, context=context, field=self._parts()[0].with_context(context))
+
+    def speed(self, dz: Tensor) -> Tensor:
+        """|dz/dt| of the user's state alone: the integrals beside it may run on."""
+        return super().speed(dz[:, : self._parts()[1][0].numel()])
 
     def enter(self, z: Tensor) -> Tensor:
         """The augmented state at the start: every integral is zero."""

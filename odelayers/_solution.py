@@ -100,13 +100,15 @@ class Stats:
     """How a solve went.
 
     Attributes:
-        nfe: evaluations of the field in the forward solve, each over the whole batch.
+        nfe: evaluations of the field in the forward solve, each over the whole batch or, where t1 is an `Equilibrium`,
+            over the rows that have not stopped.
         accepted: steps taken.
         rejected: steps tried and thrown away by the step size control.
         status: `(B,)` integers, a `Status` per row (0 is OK).
         failed_at: `(B,)` the time at which a row failed, NaN for a healthy one.
         steps: `(B,)` integers, the steps that each row took, 0 for a failed one: `accepted` where all rows take the
             same steps. Where each has its own, `accepted` and `rejected` are those of the row that tried most.
+        settled: `(B,)` bool, which rows came to rest, where t1 is an `Equilibrium`; otherwise None.
 
     Example:
         >>> import torch, odelayers
@@ -121,6 +123,7 @@ class Stats:
     status: Tensor
     failed_at: Tensor
     steps: Tensor
+    settled: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -128,7 +131,8 @@ class Solution:
     """What came out of `block.solve`.
 
     Attributes:
-        ts: `(T,)` output times, `ts[0]` the start; `(2, B)` where every sample has its own end time.
+        ts: `(T,)` output times, `ts[0]` the start; `(2, B)` where every sample has its own end time, which
+            under an `Equilibrium` is the one at which it stopped (NaN if it failed).
         zs: `(T, B, ...)` states at these times.
         stats: evaluations, steps and the status of every row.
         running: one `(B,)` integral over the solve for each running regulariser.

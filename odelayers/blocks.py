@@ -18,7 +18,7 @@ from odelayers._field import Field, takes_time
 from odelayers._gradients import Backprop, Gradient
 from odelayers._solve import check_layers
 from odelayers._solvers import Dopri5, Solver
-from odelayers._times import Times
+from odelayers._times import Equilibrium, Times
 
 __all__ = ["AugmentedODEBlock", "DropoutSDEBlock", "ODEBlock", "SDEBlock", "count_nfe"]
 
@@ -33,9 +33,9 @@ class ODEBlock(Block):
         f: the field, a module or function `f(z)` or `f(t, z)`, registered unchanged as `block.f`. Time reaches it as
             a tensor that broadcasts against z: 0-d, or `(B, 1, ...)` where samples have their own end times.
         t0: start time.
-        t1: end time: a float, `Uniform(a, b)`, or a 0-d `nn.Parameter` to learn it.
+        t1: end time: a float, `Uniform(a, b)`, `Equilibrium(tol, t_max)`, or a 0-d `nn.Parameter` to learn it.
         solver: a solver, or "dopri5" / "tsit5" as shorthand.
-        gradient: `Backprop()`, `Checkpoint()` or `Adjoint()`.
+        gradient: `Backprop()`, `Checkpoint()`, `Adjoint()` or, of an equilibrium, `Implicit()`.
         time: whether f takes the time, where its signature leaves that open.
         on_failure: "raise", or "isolate" to solve the healthy rows without the failed ones.
         compile: whether torch.compile makes programs of the solve at its first calls, which takes half a minute: a
@@ -61,7 +61,7 @@ class ODEBlock(Block):
         f: FieldFunction,
         *,
         t0: float = 0.0,
-        t1: float | Uniform | nn.Parameter = 1.0,
+        t1: float | Uniform | Equilibrium | nn.Parameter = 1.0,
         solver: Solver | str = Dopri5(),  # noqa: B008  (frozen)
         gradient: Gradient = Backprop(),  # noqa: B008  (frozen)
         time: bool | None = None,

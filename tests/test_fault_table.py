@@ -86,6 +86,9 @@ TABLE: dict[str, tuple[str, ...]] = {
     ),
     "a steady state that is never reached: bounded by t1": (
         "test_fault_table.py::test_a_field_that_never_rests_is_followed_to_its_end_time_and_no_further",
+        "test_equilibrium_calls.py::test_a_steady_state_that_is_never_reached_is_bounded_by_t_max",
+        "test_equilibrium.py::test_a_limit_cycle_ends_at_t_max_and_says_that_it_has_not_settled",
+        "test_implicit.py::test_a_row_that_has_not_settled_gets_no_gradient_silently",
     ),
 }
 

@@ -59,6 +59,8 @@ class Replay(ABC):
     def backward(self, z0: Tensor, gradient: Tensor) -> Gradients:
         """The gradients with respect to z0 and the wanted tensors."""
         total: Gradients = [None] * len(self.wanted)
+        if not self.steps:  # every row was at rest to begin with
+            return [gradient[0], *total]
         arriving = self.through_steps(z0, gradient, total)
         first = leaf(z0)
         with torch.enable_grad():

@@ -7,6 +7,7 @@ from odelayers._solvers.fixed import RK4, Euler, FixedGrid, FixedRungeKutta, Heu
 from odelayers._solvers.reference import TorchDiffEq
 from odelayers._solvers.reference_sde import TorchSDE
 from odelayers._solvers.sde import EulerMaruyama, Milstein, ReversibleHeun, StratonovichHeun
+from odelayers._solvers.settling import Settling
 
 __all__ = [
     "RK4",
@@ -23,6 +24,7 @@ __all__ = [
     "Path",
     "Programs",
     "ReversibleHeun",
+    "Settling",
     "Solver",
     "StratonovichHeun",
     "TorchDiffEq",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -29,7 +29,7 @@ from odelayers._solvers.independent import Independent
 from odelayers._solvers.stages import Compiled, Stages, stages_like
 from odelayers._solvers.tableau import DOPRI5, TSIT5, Tableau
 
-__all__ = ["Dopri5", "Tsit5"]
+__all__ = ["AdaptiveRungeKutta", "Dopri5", "Tsit5"]
 
 
 class Try(NamedTuple):
@@ -68,6 +68,14 @@ class AdaptiveRungeKutta(MarchingSolver):
     def start(self, f: Evaluator, t0: float, z0: Tensor, driver: Driver) -> State:
         return z0, driver.terms(f, t0, z0)[0]
 
+    def rate(self, f: Evaluator, t: float, state: State, driver: Driver) -> Tensor:
+        return state[1]
+
+    def resumed(self, taken: Taken) -> AdaptiveRungeKutta:
+        """The solver that goes on after a step of a march, with what is left of the budget."""
+        # One try at least: a budget that is spent is diagnosed by the march.
+        return replace(self, first_step=taken.proposed, max_steps=max(self.max_steps - taken.step.number, 1))
+
     def march(self, f: Evaluator, z0: Tensor, ts: Sequence[float], driver: Driver, norm: Norm) -> Iterator[Taken]:
         self.refuse_vmap(z0)
         t, t1 = ts[0], ts[-1]
@@ -98,9 +106,9 @@ class AdaptiveRungeKutta(MarchingSolver):
                     reached += 1
                 step = Step(tried, t, h * way, tuple((s - t) / (end - t) for s in ts[position:reached]))
                 after = self._after(attempt)
-                yield Taken(step, before, after, self._outputs(attempt, step), rejected)
-                t, before, size, position, rejected = end, after, reached_size, reached, 0
                 h *= min(GROW, SAFETY * worst ** (-1 / self.tableau.order)) if worst > 0 else GROW
+                yield Taken(step, before, after, self._outputs(attempt, step), rejected, h)
+                t, before, size, position, rejected = end, after, reached_size, reached, 0
             else:
                 h *= max(SHRINK, SAFETY * worst ** (-1 / self.tableau.order)) if math.isfinite(worst) else SHRINK
                 rejected += 1

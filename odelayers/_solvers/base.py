@@ -51,13 +51,17 @@ class Step(NamedTuple):
 
 
 class Taken(NamedTuple):
-    """A step taken: the state before it, the state after it, its outputs, and the tries thrown away before it."""
+    """A step taken: the states before and after it, its outputs, the tries thrown away before it.
+
+    `proposed` is the length that step size control asks of the next one.
+    """
 
     step: Any
     before: State
     after: State
     outputs: list[Tensor]
     rejected: int
+    proposed: float | None = None
 
 
 @dataclass(frozen=True)
@@ -113,6 +117,10 @@ class MarchingSolver(Solver):
     @abstractmethod
     def start(self, f: Evaluator, t0: float, z0: Tensor, driver: Driver) -> State:
         """The state to begin with: z and whatever the solver carries from step to step."""
+
+    def rate(self, f: Evaluator, t: float, state: State, driver: Driver) -> Tensor:
+        """The field at a state of the march: evaluated, unless the solver carries it along."""
+        return driver.terms(f, t, state[0])[0]
 
     @abstractmethod
     def march(self, f: Evaluator, z0: Tensor, ts: Sequence[float], driver: Driver, norm: Norm) -> Iterator[Taken]:

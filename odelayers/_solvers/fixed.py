@@ -20,7 +20,7 @@ from odelayers._solvers.compiled import grid_states
 from odelayers._solvers.stages import stages_like
 from odelayers._solvers.tableau import EULER, HEUN, MIDPOINT, RK4 as RK4_TABLEAU, Tableau
 
-__all__ = ["RK4", "Euler", "FixedGrid", "Heun", "Midpoint"]
+__all__ = ["RK4", "Euler", "FixedGrid", "FixedRungeKutta", "Heun", "Midpoint"]
 
 
 @dataclass(frozen=True)
