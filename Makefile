@@ -36,7 +36,7 @@ lint: $(VENV)/.dev
 docs: $(VENV)/.dev
 	$(BIN)/sphinx-build -q -W --keep-going -b html docs docs/_build/html
 
-bench: $(VENV)/.test
+bench: $(VENV)/.peers
 	$(BIN)/python -u benchmarks/forward_backward.py
 	$(BIN)/python -u benchmarks/jacobians.py
 	$(BIN)/python -u benchmarks/memory.py
@@ -64,4 +64,10 @@ $(VENV)/.torch: $(VENV)/.python constraints.txt
 
 $(VENV)/.%: $(VENV)/.torch pyproject.toml
 	$(INSTALL) --editable '.[$*]'
+	touch $@
+
+# The peers of the benchmarks. torchdyn comes without what it asks for: torchvision, a trainer and a notebook, of which
+# its integrators use nothing; what they do use stands in the extra.
+$(VENV)/.peers: $(VENV)/.bench
+	$(INSTALL) --no-deps torchdyn
 	touch $@
