@@ -89,7 +89,7 @@ def adaptive(f: nn.Module, t1: float, tol: float) -> dict[str, Solve]:
     absent = missing()
     found = {"torchdiffeq odeint": odeint(f, t1, tol), "torchdiffeq odeint_adjoint": odeint(f, t1, tol, adjoint=True)}
     if "torchode" not in absent:
-        found["torchode"] = _torchode(f, t1, tol=tol)
+        found["torchode"] = torchode_solve(f, t1, tol=tol)
     if "torchdyn" not in absent:
         from torchdyn.numerics import odeint as torchdyn_odeint
 
@@ -105,7 +105,7 @@ def rk4(f: nn.Module, t1: float, steps: int) -> dict[str, Solve]:
         "torchdiffeq rk4": lambda z: torchdiffeq.odeint(f, z, _span(t1, z), method="rk4", options=options)[-1]
     }
     if "torchode" not in absent:
-        found["torchode, RK4 tableau"] = _torchode(f, t1, steps=steps)
+        found["torchode, RK4 tableau"] = torchode_solve(f, t1, steps=steps)
     if "torchdyn" not in absent:
         from torchdyn.numerics import odeint as torchdyn_odeint
 
@@ -113,7 +113,7 @@ def rk4(f: nn.Module, t1: float, steps: int) -> dict[str, Solve]:
     return found
 
 
-def _torchode(f: nn.Module, t1: float, *, tol: float = 0.0, steps: int = 0) -> Solve:
+def torchode_solve(f: nn.Module, t1: float, *, tol: float = 0.0, steps: int = 0) -> Solve:
     """torchode: dopri5 at a tolerance, or the classical tableau over equal steps; each sample has a step of its own."""
     import torchode
     from torchode.interpolation import ThirdOrderPolynomialInterpolation
