@@ -47,23 +47,23 @@ class Run:
 
 
 def interleaved(runs: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
-    """The milliseconds of each run in each turn; the runs take turns, so that a slow moment of the machine hits all."""
+    """The milliseconds of each run in each turn; the runs take turns, so that a slow moment of the machine hits all.
+
+    On the CPU they are those of the processor: on one core of an idle machine the time that passes, and on a busy one
+    not that of its other work. A GPU is waited for by the clock on the wall.
+    """
+    gpu = torch.cuda.is_initialized()
+    now, finish = (time.perf_counter, torch.cuda.synchronize) if gpu else (time.process_time, lambda: None)
     times: dict[str, list[float]] = {name: [] for name in runs}
     for turn in range(rounds + 2):  # two turns to warm up
         for name, run in runs.items():
-            _finish()
-            start = time.perf_counter()
+            finish()
+            start = now()
             run()
-            _finish()
+            finish()
             if turn >= 2:
-                times[name].append((time.perf_counter() - start) * 1e3)
+                times[name].append((now() - start) * 1e3)
     return times
-
-
-def _finish() -> None:
-    """Wait for the GPU, if one was used."""
-    if torch.cuda.is_initialized():
-        torch.cuda.synchronize()
 
 
 def relative(found: Tensor, exact: Tensor) -> float:
@@ -169,7 +169,8 @@ def publish(name: str, title: str, table: Sequence[Row], args: argparse.Namespac
     lines = [
         f"# {title}",
         "",
-        f"Command: `{command}`. Medians of interleaved runs in one process, {about['threads']} thread. "
+        f"Command: `{command}`. Medians of interleaved runs in one process, {about['threads']} thread"
+        f"{', processor time' if args.device == 'cpu' else ''}. "
         f"{about['device']}; load {about['load']} at the end; Python {about['python']}, {versions}. "
         "A ratio is the time of a row over that of the first row of its case: the median over the turns.",
         "",
