@@ -36,10 +36,10 @@ lint: $(VENV)/.dev
 docs: $(VENV)/.dev
 	$(BIN)/sphinx-build -q -W --keep-going -b html docs docs/_build/html
 
+# One table a file, into benchmarks/results/; ARGS="--rounds 3" for a quick look. bars.py reads what the others wrote.
 bench: $(VENV)/.peers
-	$(BIN)/python -u benchmarks/forward_backward.py
-	$(BIN)/python -u benchmarks/jacobians.py
-	$(BIN)/python -u benchmarks/memory.py
+	for table in forward_backward conv_field fixed_grid sde stiffness_spread growth jacobians memory bars; do \
+	  $(BIN)/python -u benchmarks/$$table.py $(ARGS) || exit 1; done
 
 # A seeded sample of mutants of the mathematics against the fast tests; resumes, writes benchmarks/results/mutants.*
 mutants: $(VENV)/.dev

@@ -15,7 +15,7 @@ from harness import parser, stem, write
 
 
 class Bar(NamedTuple):
-    """`row` in `table` and `case` is to be `factor` times as fast as `peer`, or to take `factor` of its time at most."""
+    """`row` in a case of a table is to be `factor` times as fast as `peer`, or to take that part of its time."""
 
     table: str
     case: str

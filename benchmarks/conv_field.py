@@ -1,9 +1,11 @@
-"""Forward+backward of the blog's convolutional field, odelayers beside torchdiffeq: a field that costs more than a step.
+"""Forward+backward of the blog's convolutional field beside torchdiffeq: a field that costs more than a step.
 
 `ConvField` with 16 channels of 7x7, batch 64, t in [0, 1] and [0, 10], Dormand-Prince 5 at rtol = atol = 1e-3, float32.
 The error is that of the gradient with respect to parameters and initial state, relative, against a float64 solve at
-1e-8. `Adjoint` would refuse some of these solves (the state found backwards drifts by over 1 %), and is told to go on as
-torchdiffeq does. The floor is the eager field alone, evaluated as often in one chain.
+1e-6. It is large for every library: the kinks of ReLU move with the states, and gradients converge slowly through them;
+the reference itself is good to some 2 % at T = 1 and 5 % at T = 10 (its change from 1e-5). `Adjoint` would refuse some of
+these solves (the state found backwards drifts by over 1 %), and is told to go on as torchdiffeq does. The floor is the
+eager field alone, evaluated as often in one chain.
 """
 
 from __future__ import annotations
@@ -11,13 +13,13 @@ from __future__ import annotations
 import copy
 
 import torch
-from harness import Row, arguments, compare, publish
+from harness import Row, arguments, compare, parser, publish
 from peers import Solve, bare, gradients, odeint, training
 from torch import Tensor, nn
 
 from odelayers import Adjoint, Backprop, Checkpoint, ConvField, Dopri5, ODEBlock
 
-CHANNELS, SIZE, BATCH, TIMES, TOL, EXACT = 16, 7, 64, (1.0, 10.0), 1e-3, 1e-8
+CHANNELS, SIZE, BATCH, TIMES, TOL, EXACT = 16, 7, 64, (1.0, 10.0), 1e-3, 1e-6
 
 
 class Timed(nn.Module):
@@ -44,7 +46,7 @@ def blocks(f: nn.Module, t1: float) -> dict[str, Solve]:
 def case(f: Timed, z: Tensor, t1: float, rounds: int) -> list[Row]:
     """The rows of one end time."""
     exact_f = copy.deepcopy(f).double()
-    # Thousands of steps: kept by torchdiffeq they would take some 20 GiB.
+    # Kept by torchdiffeq these steps would take some gigabytes.
     precise = ODEBlock(exact_f, t1=t1, solver=Dopri5(rtol=EXACT, atol=EXACT), gradient=Checkpoint())
     solves = blocks(f, t1)
     solves |= {"torchdiffeq odeint": odeint(f, t1, TOL), "torchdiffeq odeint_adjoint": odeint(f, t1, TOL, adjoint=True)}
@@ -55,7 +57,7 @@ def case(f: Timed, z: Tensor, t1: float, rounds: int) -> list[Row]:
 
 
 def main() -> None:
-    args = arguments(__doc__ or "", rounds=15)
+    args = arguments(parser(__doc__ or "", rounds=15))
     f, z = Timed().to(args.device), torch.randn(BATCH, CHANNELS, SIZE, SIZE).to(args.device)
     table = [row for t1 in TIMES for row in case(f, z, t1, max(1, round(args.rounds / t1**0.5)))]
     title = f"ODE solve: ConvField, batch {BATCH} of {CHANNELS}x{SIZE}x{SIZE}, dopri5 at {TOL:g}, float32"

@@ -1,8 +1,8 @@
 """RK4 over 20 equal steps, forward and forward+backward, beside every peer that has it or takes its tableau.
 
-A 64-dimensional sine field, batch 128, t in [0, 5], float32. torchdiffeq's rk4 is the 3/8 rule; torchode and diffrax have
-no method of order four at fixed steps and get the classical tableau. The error is of the final state (the largest of an
-entry), or of the gradient with respect to parameters and initial state (relative), against a float64 solve by
+A 64-dimensional sine field, batch 128, t in [0, 5], float32. torchdiffeq's rk4 is the 3/8 rule; torchode and diffrax
+have no method of order four at fixed steps and get the classical tableau. The error is of the final state (the largest
+of an entry), or of the gradient with respect to parameters and initial state (relative), against a float64 solve by
 torchdiffeq at 1e-12: nearly all of it is that of the method. The floor is the eager field alone, evaluated as often in
 one chain.
 """
@@ -13,7 +13,7 @@ import copy
 
 import torch
 from forward_backward import DIM, T1, Sine
-from harness import Run, arguments, compare, largest, missing, publish
+from harness import Run, arguments, compare, largest, missing, parser, publish
 from peers import Solve, bare, forward, gradients, no_graph, odeint, rk4, training
 from torch import Tensor, nn
 
@@ -44,7 +44,7 @@ def diffrax_row(f: Sine, z: Tensor) -> tuple[dict[str, Run], dict[str, Run]]:
 
 
 def main() -> None:
-    args = arguments(__doc__ or "")
+    args = arguments(parser(__doc__ or ""))
     f, z = Sine().to(args.device), torch.randn(BATCH, DIM).to(args.device)
     exact_f, exact_z = copy.deepcopy(f).double(), z.double()
     precise = odeint(exact_f, T1, 1e-12)

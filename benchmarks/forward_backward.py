@@ -3,8 +3,9 @@
 A 64-dimensional sine field, batch 128 and 1024, t in [0, 5], Dormand-Prince 5 at rtol = atol = 1e-5, float32. The error
 stands beside each time: of the final state (the largest of an entry), or of the gradient with respect to parameters and
 initial state (relative), against a float64 solve by torchdiffeq at 1e-12. The same tolerance asks for more where every
-sample must meet it, as here and in torchode, than where the batch does on average, so odelayers also runs at 2e-5, where
-it evaluates the field as often as torchdiffeq. The floor is the eager field alone, evaluated as often in one chain.
+sample must meet it, as here and in torchode, than where the batch does on average, so odelayers also runs at 2e-5,
+where at batch 128 it evaluates the field as often as torchdiffeq. The floor is the eager field alone, evaluated as
+often in one chain.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from __future__ import annotations
 import copy
 
 import torch
-from harness import Row, Run, arguments, compare, largest, missing, publish
+from harness import Row, Run, arguments, compare, largest, missing, parser, publish
 from peers import Solve, adaptive, bare, forward, gradients, no_graph, odeint, training
 from torch import Tensor, nn
 
@@ -79,7 +80,7 @@ def case(f: Sine, z: Tensor, rounds: int) -> list[Row]:
 
 
 def main() -> None:
-    args = arguments(__doc__ or "")
+    args = arguments(parser(__doc__ or ""))
     f = Sine().to(args.device)
     table = [row for batch in BATCHES for row in case(f, torch.randn(batch, DIM).to(args.device), args.rounds)]
     title = f"ODE solve: {DIM}-d sine field, t in [0, {T1:g}], dopri5 at {TOL:g}, float32"

@@ -107,9 +107,9 @@ def parser(description: str, rounds: int = 31) -> argparse.ArgumentParser:
     return options
 
 
-def arguments(description: str, rounds: int = 31) -> argparse.Namespace:
+def arguments(options: argparse.ArgumentParser) -> argparse.Namespace:
     """The command line of a benchmark that runs in this process: one thread on one core, from a fixed seed."""
-    args = parser(description, rounds).parse_args()
+    args = options.parse_args()
     if hasattr(os, "sched_setaffinity"):  # Linux: jax has threads that its flags leave, and a core's cache is one's own
         os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
     torch.set_num_threads(1)

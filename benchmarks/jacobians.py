@@ -11,7 +11,7 @@ import copy
 from collections.abc import Callable
 
 import torch
-from harness import Row, arguments, interleaved, publish, relative, rows
+from harness import Row, arguments, interleaved, parser, publish, relative, rows
 from torch import Tensor, nn
 
 from odelayers import LyapunovRegularizer, SineField, jacobian
@@ -63,7 +63,7 @@ def regularizer_rows(f: nn.Module, z: Tensor, rounds: int) -> list[Row]:
 
 
 def main() -> None:
-    args = arguments(__doc__ or "")
+    args = arguments(parser(__doc__ or ""))
     z = torch.randn(BATCH, DIM).to(args.device)
     sine = SineField(DIM).to(args.device)
     one_layer = nn.Sequential(nn.Linear(DIM, DIM), nn.Tanh()).to(args.device)

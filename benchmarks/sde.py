@@ -23,7 +23,7 @@ import torch
 import torchdiffeq
 import torchsde
 from forward_backward import Sine
-from harness import Row, Run, arguments, compare, publish
+from harness import Row, Run, arguments, compare, parser, publish
 from peers import gradients
 from torch import Tensor, nn
 
@@ -173,7 +173,7 @@ def reversible_heun(f: Sine, z: Tensor, rounds: int, steps: int = 90) -> list[Ro
 
 
 def main() -> None:
-    args = arguments(__doc__ or "")
+    args = arguments(parser(__doc__ or ""))
     f, z = Sine(DIM).to(args.device), torch.randn(BATCH, DIM).to(args.device)
     table = [*euler_maruyama(f, z, args.rounds), *reversible_heun(f, z, max(1, args.rounds // 2))]
     publish("sde", f"SDE: {DIM}-d sine field, dropout noise, batch {BATCH}, t in [0, {T1:g}], float32", table, args)

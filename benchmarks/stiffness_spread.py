@@ -12,7 +12,7 @@ from functools import partial
 
 import torch
 import torchdiffeq
-from harness import Run, arguments, compare, missing, publish
+from harness import Run, arguments, compare, missing, parser, publish
 from peers import Solve, no_graph
 from torch import Tensor, nn
 
@@ -71,7 +71,7 @@ def gradient(solve: Solve, k: Tensor, z: Tensor) -> Tensor:
 
 
 def main() -> None:
-    args = arguments(__doc__ or "", rounds=7)
+    args = arguments(parser(__doc__ or "", rounds=7))
     f = Relaxation().to(args.device)
     k = torch.logspace(0, 3, BATCH, device=args.device)[:, None].requires_grad_()
     z = torch.randn(BATCH, DIM).to(args.device).requires_grad_()
@@ -79,7 +79,8 @@ def main() -> None:
     def run(go: partial[Tensor]) -> Run:
         def check() -> tuple[float, Tensor]:
             f.rows = 0
-            return (found := go(), f.rows / BATCH)[::-1]
+            found = go()
+            return f.rows / BATCH, found
 
         return Run(go, check)
 
