@@ -2,10 +2,10 @@
 
 `ConvField` with 16 channels of 7x7, batch 64, t in [0, 1] and [0, 10], Dormand-Prince 5 at rtol = atol = 1e-3, float32.
 The error is that of the gradient with respect to parameters and initial state, relative, against a float64 solve at
-1e-6. It is large for every library: the kinks of ReLU move with the states, and gradients converge slowly through them;
-the reference itself is good to some 2 % at T = 1 and 5 % at T = 10 (its change from 1e-5). `Adjoint` would refuse some of
-these solves (the state found backwards drifts by over 1 %), and is told to go on as torchdiffeq does. The floor is the
-eager field alone, evaluated as often in one chain.
+1e-6. It is large for every library: the kinks of ReLU move with the states, and gradients converge slowly through
+them; the reference itself is good to some 2 % at T = 1 and 5 % at T = 10 (its change from 1e-5). `Adjoint` would refuse
+some of these solves (the state found backwards drifts by over 1 %), and is told to go on as torchdiffeq does. The floor
+is the eager field alone, evaluated as often in one chain.
 """
 
 from __future__ import annotations
