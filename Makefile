@@ -39,10 +39,10 @@ lint: $(VENV)/.dev
 docs: $(VENV)/.dev
 	$(BIN)/sphinx-build -q -W --keep-going -b html docs docs/_build/html
 
-bench: $(VENV)/.test
-	$(BIN)/python -u benchmarks/forward_backward.py
-	$(BIN)/python -u benchmarks/jacobians.py
-	$(BIN)/python -u benchmarks/memory.py
+# One table a file, into benchmarks/results/; ARGS="--rounds 3" for a quick look. bars.py reads what the others wrote.
+bench: $(VENV)/.peers
+	for table in forward_backward conv_field fixed_grid sde stiffness_spread growth jacobians memory bars; do \
+	  $(BIN)/python -u benchmarks/$$table.py $(ARGS) || exit 1; done
 
 # A seeded sample of mutants of the mathematics against the fast tests; resumes, writes benchmarks/results/mutants.*
 mutants: $(VENV)/.dev
@@ -67,4 +67,10 @@ $(VENV)/.torch: $(VENV)/.python constraints.txt
 
 $(VENV)/.%: $(VENV)/.torch pyproject.toml
 	$(INSTALL) --editable '.[$*]'
+	touch $@
+
+# The peers of the benchmarks. torchdyn comes without what it asks for: torchvision, a trainer and a notebook, of which
+# its integrators use nothing; what they do use stands in the extra.
+$(VENV)/.peers: $(VENV)/.bench
+	$(INSTALL) --no-deps torchdyn
 	touch $@

@@ -6,18 +6,24 @@ import argparse
 import json
 import os
 import platform
+import re
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+# Read when jax is imported, by the file that needs it: one thread for it too.
+os.environ.setdefault("XLA_FLAGS", "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1")
+
 import torch
-from torch import nn
+from torch import Tensor
 
 RESULTS = Path(__file__).parent / "results"
+PEERS = ("torchdiffeq", "torchsde", "torchode", "torchdyn", "diffrax")
 
 
 @dataclass(frozen=True)
@@ -28,34 +34,62 @@ class Row:
     name: str
     ms: float
     ratio: float  # the time of this row over that of the first row of its case, turn by turn; the median
-    nfe: int | None
+    nfe: float | None
     error: float | None  # against a float64 reference
 
 
+@dataclass(frozen=True)
+class Run:
+    """One way to solve a case: `go` is timed, `check` tells the evaluations of the field and the result."""
+
+    go: Callable[[], Any]
+    check: Callable[[], tuple[float | None, Tensor | None]]
+
+
 def interleaved(runs: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
-    """The milliseconds of each run in each turn; the runs take turns, so that a slow moment of the machine hits all."""
+    """The milliseconds of each run in each turn; the runs take turns, so that a slow moment of the machine hits all.
+
+    On the CPU they are those of the processor: on one core of an idle machine the time that passes, and on a busy one
+    not that of its other work. A GPU is waited for by the clock on the wall.
+    """
+    gpu = torch.cuda.is_initialized()
+    now, finish = (time.perf_counter, torch.cuda.synchronize) if gpu else (time.process_time, lambda: None)
     times: dict[str, list[float]] = {name: [] for name in runs}
     for turn in range(rounds + 2):  # two turns to warm up
         for name, run in runs.items():
-            start = time.perf_counter()
+            finish()
+            start = now()
             run()
+            finish()
             if turn >= 2:
-                times[name].append((time.perf_counter() - start) * 1e3)
+                times[name].append((now() - start) * 1e3)
     return times
 
 
-def evaluations(f: nn.Module, run: Callable[[], Any]) -> tuple[int, Any]:
-    """How often `run` evaluates `f`, whichever library calls it, and what it returns."""
-    calls: list[None] = []
-    hook = f.register_forward_pre_hook(lambda *_: calls.append(None))
-    try:
-        result = run()
-    finally:
-        hook.remove()
-    return len(calls), result
+def relative(found: Tensor, exact: Tensor) -> float:
+    """The relative error in the Euclidean norm."""
+    return ((found.double() - exact).norm() / exact.norm()).item()
 
 
-def rows(case: str, times: dict[str, list[float]], nfe: dict[str, int], error: dict[str, float]) -> list[Row]:
+def largest(found: Tensor, exact: Tensor) -> float:
+    """The largest absolute error of an entry."""
+    return (found.double() - exact).abs().max().item()
+
+
+def compare(
+    case: str, runs: dict[str, Run], exact: Tensor, rounds: int, error: Callable[[Tensor, Tensor], float] = relative
+) -> list[Row]:
+    """The lines of one case: every run checked once against the reference, then all timed in turns."""
+    nfe: dict[str, float | None] = {}
+    wrong: dict[str, float] = {}
+    for name, run in runs.items():
+        nfe[name], found = run.check()
+        if found is not None:
+            wrong[name] = error(found, exact)
+    return rows(case, interleaved({name: run.go for name, run in runs.items()}, rounds), nfe, wrong)
+
+
+def rows(case: str, times: dict[str, list[float]], nfe: dict[str, float | None], error: dict[str, float]) -> list[Row]:
     """The lines of one case: median times, and medians of the ratios to its first run within each turn."""
     base, table = next(iter(times.values())), []
     for name, turns in times.items():
@@ -64,42 +98,79 @@ def rows(case: str, times: dict[str, list[float]], nfe: dict[str, int], error: d
     return table
 
 
-def arguments(description: str) -> argparse.Namespace:
-    """The command line of every benchmark."""
-    parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--rounds", type=int, default=31, help="turns that each run gets (default: 31)")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the table and the JSON")
-    return parser.parse_args()
+def parser(description: str, rounds: int = 31) -> argparse.ArgumentParser:
+    """The options of every benchmark."""
+    options = argparse.ArgumentParser(description=description)
+    options.add_argument("--rounds", type=int, default=rounds, help=f"turns that each run gets (default: {rounds})")
+    options.add_argument("--out", type=Path, default=RESULTS, help="folder for the table and the JSON")
+    options.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    return options
 
 
-def machine() -> dict[str, Any]:
+def arguments(options: argparse.ArgumentParser) -> argparse.Namespace:
+    """The command line of a benchmark that runs in this process: one thread on one core, from a fixed seed."""
+    args = options.parse_args()
+    if hasattr(os, "sched_setaffinity"):  # Linux: jax has threads that its flags leave, and a core's cache is one's own
+        os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    return args
+
+
+def missing() -> dict[str, str]:
+    """The peers that cannot be imported here, with the reason."""
+    found = {}
+    for name in PEERS:
+        try:
+            import_module(name)
+        except ImportError as error:
+            found[name] = str(error)
+    return found
+
+
+def machine(device: str = "cpu") -> dict[str, Any]:
     """What the numbers depend on: processor, threads, load and versions."""
     cpu = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.exists():
         cpu = next((line.split(":")[1].strip() for line in info.read_text().splitlines() if "model name" in line), cpu)
-    packages = ("odelayers", "torch", "torchdiffeq", "torchsde")
+    absent = missing()
+    packages = ("odelayers", "torch", *(name for name in PEERS if name not in absent))
+    gpu = f"GPU: {torch.cuda.get_device_name()}, driven by " if device == "cuda" else ""
     return {
-        "device": f"CPU: {cpu}, {os.cpu_count()} cores",
+        "device": f"{gpu}CPU: {cpu}, {os.cpu_count()} cores",
         "threads": torch.get_num_threads(),
         "load": round(os.getloadavg()[0], 2),
         "python": platform.python_version(),
         "versions": {name: version(name) for name in packages},
+        "missing": absent,
     }
 
 
-def _cell(value: float | int | None, style: str) -> str:
-    return "-" if value is None else format(value, style)
+def stem(name: str, device: str) -> str:
+    """The name of a result's files: on a GPU with the name of it, so that a machine's tables stand beside others'."""
+    return name if device == "cpu" else f"{name}-{re.sub('[^a-z0-9]+', '-', torch.cuda.get_device_name().lower())}"
 
 
-def publish(name: str, title: str, command: str, table: Sequence[Row], out: Path) -> None:
-    """Print the table and write it as Markdown and JSON."""
-    about = machine()
+def write(name: str, lines: Sequence[str], record: dict[str, Any], out: Path) -> None:
+    """Print a table and write it as Markdown and JSON."""
+    text = "\n".join(lines) + "\n"
+    print(text)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / f"{name}.md").write_text(text)
+    (out / f"{name}.json").write_text(json.dumps(record, indent=2) + "\n")
+
+
+def publish(name: str, title: str, table: Sequence[Row], args: argparse.Namespace) -> None:
+    """Print the table of a benchmark and write it as Markdown and JSON."""
+    about = machine(args.device)
     versions = ", ".join(f"{package} {number}" for package, number in about["versions"].items())
+    command = f"python benchmarks/{name}.py --rounds {args.rounds}"
     lines = [
         f"# {title}",
         "",
-        f"Command: `{command}`. Medians of interleaved runs in one process, {about['threads']} thread. "
+        f"Command: `{command}`. Medians of interleaved runs in one process, {about['threads']} thread"
+        f"{', processor time' if args.device == 'cpu' else ''}. "
         f"{about['device']}; load {about['load']} at the end; Python {about['python']}, {versions}. "
         "A ratio is the time of a row over that of the first row of its case: the median over the turns.",
         "",
@@ -107,11 +178,10 @@ def publish(name: str, title: str, command: str, table: Sequence[Row], out: Path
         "| --- | --- | ---: | ---: | ---: | ---: |",
     ]
     for row in table:
-        cells = [row.case, row.name, f"{row.ms:.3g}", f"{row.ratio:.2f}", _cell(row.nfe, "d"), _cell(row.error, ".1e")]
-        lines.append(f"| {' | '.join(cells)} |")
-    text = "\n".join(lines) + "\n"
-    print(text)
-    out.mkdir(parents=True, exist_ok=True)
-    (out / f"{name}.md").write_text(text)
+        nfe = "-" if row.nfe is None else f"{row.nfe:.4g}"
+        error = "-" if row.error is None else f"{row.error:.1e}"
+        lines.append(f"| {row.case} | {row.name} | {row.ms:.3g} | {row.ratio:.2f} | {nfe} | {error} |")
+    if about["missing"]:
+        lines += ["", *(f"- Not installed: {peer}: {reason}." for peer, reason in about["missing"].items())]
     record = {"title": title, "command": command, "machine": about, "rows": [asdict(row) for row in table]}
-    (out / f"{name}.json").write_text(json.dumps(record, indent=2) + "\n")
+    write(stem(name, args.device), lines, record, args.out)

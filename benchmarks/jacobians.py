@@ -11,7 +11,7 @@ import copy
 from collections.abc import Callable
 
 import torch
-from harness import Row, arguments, interleaved, publish, rows
+from harness import Row, arguments, interleaved, parser, publish, relative, rows
 from torch import Tensor, nn
 
 from odelayers import LyapunovRegularizer, SineField, jacobian
@@ -33,11 +33,6 @@ def loop_regularizer(f: Callable[[Tensor], Tensor], z: Tensor) -> Tensor:
     field = (50 * f(z)).square().mean()
     dominance = (0.1 * (off - diagonal.abs() + 1)).exp().mean()
     return 0.2 * field + 10 * (diagonal + 1).exp().mean() + 10 * dominance
-
-
-def relative(value: Tensor, exact: Tensor) -> float:
-    """The relative error in the Frobenius norm."""
-    return ((value.double() - exact).norm() / exact.norm()).item()
 
 
 def jacobian_rows(name: str, f: nn.Module, z: Tensor, rounds: int) -> list[Row]:
@@ -68,13 +63,11 @@ def regularizer_rows(f: nn.Module, z: Tensor, rounds: int) -> list[Row]:
 
 
 def main() -> None:
-    args = arguments(__doc__ or "")
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    z = torch.randn(BATCH, DIM)
-    sine = SineField(DIM)
-    one_layer = nn.Sequential(nn.Linear(DIM, DIM), nn.Tanh())
-    two_layers = nn.Sequential(nn.Linear(DIM, DIM), nn.Tanh(), nn.Linear(DIM, DIM))
+    args = arguments(parser(__doc__ or ""))
+    z = torch.randn(BATCH, DIM).to(args.device)
+    sine = SineField(DIM).to(args.device)
+    one_layer = nn.Sequential(nn.Linear(DIM, DIM), nn.Tanh()).to(args.device)
+    two_layers = nn.Sequential(nn.Linear(DIM, DIM), nn.Tanh(), nn.Linear(DIM, DIM)).to(args.device)
     table = [
         *jacobian_rows("SineField (closed form)", sine, z, args.rounds),
         *jacobian_rows("tanh(Wz + b)", one_layer, z, args.rounds),
@@ -82,7 +75,7 @@ def main() -> None:
         *regularizer_rows(sine, z, args.rounds),
     ]
     title = f"Jacobians and the Lyapunov regulariser: n = {DIM}, batch {BATCH}, float32"
-    publish("jacobians", title, f"python benchmarks/jacobians.py --rounds {args.rounds}", table, args.out)
+    publish("jacobians", title, table, args)
 
 
 if __name__ == "__main__":

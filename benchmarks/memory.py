@@ -1,21 +1,21 @@
 """Peak memory of one forward and backward solve, by gradient: T = 5 beside T = 80 at the same fixed step.
 
 Each run has a process of its own. After one short solve to load what is loaded once, the kernel's high-water mark is
-reset; what is told is its height after the solve less the resident set before it. Linux only.
+reset; what is told is its height after the solve less the resident set before it (Linux only). On a GPU it is the same
+of the memory that torch has allocated there.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
 import statistics
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
-from harness import RESULTS, machine
+from harness import machine, parser, stem, write
 
 from odelayers import RK4, Adjoint, Backprop, Checkpoint, ConvField, ODEBlock
 
@@ -31,10 +31,10 @@ def status(key: str) -> int:
     return int(line.split()[1]) * 1024
 
 
-def solve(name: str, t1: float) -> None:
+def solve(name: str, t1: float, device: str) -> None:
     """Forward and backward through one block."""
     torch.manual_seed(0)
-    f, z = ConvField(SHAPE[0]), torch.randn(BATCH, *SHAPE, requires_grad=True)
+    f, z = ConvField(SHAPE[0]).to(device), torch.randn(BATCH, *SHAPE).to(device).requires_grad_()
     with torch.no_grad():
         for p in f.parameters():  # a field that neither grows nor contracts much over the longest time
             p.mul_(0.05)
@@ -42,21 +42,27 @@ def solve(name: str, t1: float) -> None:
     block(z).square().mean().backward()
 
 
-def child(name: str, t1: float) -> None:
-    """Print what one solve adds to the resident set at its height, in bytes."""
+def child(name: str, t1: float, device: str) -> None:
+    """Print what one solve adds to the memory in use at its height, in bytes."""
     torch.set_num_threads(1)
-    solve(name, STEP)
-    before = status("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark falls to the resident set
-    solve(name, t1)
-    print(status("VmHWM") - before)
+    solve(name, STEP, device)
+    if device == "cpu":
+        before = status("VmRSS")
+        Path("/proc/self/clear_refs").write_text("5")  # the high-water mark falls to the resident set
+        solve(name, t1, device)
+        print(status("VmHWM") - before)
+    else:
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        solve(name, t1, device)
+        print(torch.cuda.max_memory_allocated() - before)
 
 
-def measure(name: str, t1: float, rounds: int) -> float:
+def measure(name: str, t1: float, rounds: int, device: str) -> float:
     """The median over processes, in MiB."""
     # Blocks of 64 KiB and more go back to the kernel when freed, so that the height is that of live memory.
     env = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
-    run = [sys.executable, __file__, "--child", name, str(t1)]
+    run = [sys.executable, __file__, "--child", name, str(t1), device]
     found = [
         int(subprocess.run(run, env=env, check=True, capture_output=True, text=True).stdout) for _ in range(rounds)
     ]
@@ -64,20 +70,20 @@ def measure(name: str, t1: float, rounds: int) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=3, help="processes that each run gets (default: 3)")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the table and the JSON")
-    args = parser.parse_args()
+    args = parser(__doc__ or "", rounds=3).parse_args()
     torch.set_num_threads(1)
-    rows = [{"gradient": name, **{f"T={t:g}": measure(name, t, args.rounds) for t in TIMES}} for name in GRADIENTS]
+    rows: list[dict[str, Any]] = [
+        {"gradient": name, **{f"T={t:g}": measure(name, t, args.rounds, args.device) for t in TIMES}}
+        for name in GRADIENTS
+    ]
     short, long = (f"T={t:g}" for t in TIMES)
     steps = " and ".join(f"{t / STEP:g}" for t in TIMES)
     command = f"python benchmarks/memory.py --rounds {args.rounds}"
-    about = machine()
+    about = machine(args.device)
     lines = [
         f"# Peak memory of forward+backward: ConvField, batch {BATCH} of {SHAPE}, RK4 with step {STEP} ({steps} steps)",
         "",
-        f"Command: `{command}`. Peak resident set less the one before the solve; float32; "
+        f"Command: `{command}`. Peak memory in use less that before the solve; float32; "
         f"the median of {args.rounds} processes each. {about['device']}; Python {about['python']}, "
         f"torch {about['versions']['torch']}.",
         "",
@@ -87,16 +93,12 @@ def main() -> None:
     for row in rows:
         row["growth"] = row[long] / row[short]
         lines.append(f"| {row['gradient']} | {row[short]:.1f} | {row[long]:.1f} | {row['growth']:.1f}x |")
-    text = "\n".join(lines) + "\n"
-    print(text)
-    args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "memory.md").write_text(text)
     record = {"title": lines[0][2:], "command": command, "machine": about, "unit": "MiB", "rows": rows}
-    (args.out / "memory.json").write_text(json.dumps(record, indent=2) + "\n")
+    write(stem("memory", args.device), lines, record, args.out)
 
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--child"]:
-        child(sys.argv[2], float(sys.argv[3]))
+        child(sys.argv[2], float(sys.argv[3]), sys.argv[4])
     else:
         main()

@@ -1,0 +1,95 @@
+"""What the other tables are meant to show, line by line: reached, or not reached and by how much.
+
+Each bar sets a row of a table against another of the same case. It reads what the benchmarks have written and measures
+nothing; a row that a table lacks is reported as not measured.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from harness import parser, stem, write
+
+
+class Bar(NamedTuple):
+    """`row` in a case of a table is to be `factor` times as fast as `peer`, or to take that part of its time."""
+
+    table: str
+    case: str
+    row: str
+    peer: str
+    factor: float
+    at_most: bool = False
+
+
+EAGER, COMPILED, BARE = "odelayers Backprop", "odelayers compiled", "bare field"
+ODEINT, ADJOINT, DIFFRAX = "torchdiffeq odeint", "torchdiffeq odeint_adjoint", "diffrax jit"
+SINE, CONV, GRID, NOISE = "forward_backward", "conv_field", "fixed_grid", "sde"
+AHEAD, BOTH = "forward, B=128", "forward+backward, B=128"
+CONV_BOTH, HEUN = "forward+backward, T=1", "reversible Heun forward+backward, 90 steps"
+BARS = (
+    Bar(SINE, AHEAD, EAGER, ODEINT, 4.0),
+    Bar(SINE, AHEAD, EAGER, DIFFRAX, 1.8),
+    Bar(SINE, AHEAD, COMPILED, ODEINT, 8.0),
+    Bar(SINE, AHEAD, COMPILED, DIFFRAX, 3.5),
+    Bar(SINE, BOTH, EAGER, ODEINT, 2.0),
+    Bar(SINE, BOTH, EAGER, ADJOINT, 4.0),
+    Bar(SINE, BOTH, COMPILED, ODEINT, 4.0),
+    Bar(SINE, BOTH, COMPILED, ADJOINT, 8.0),
+    Bar(SINE, BOTH, COMPILED, DIFFRAX, 3.0),
+    Bar(SINE, BOTH, COMPILED, BARE, 1.3, at_most=True),
+    Bar(CONV, CONV_BOTH, EAGER, ODEINT, 1.5),
+    Bar(CONV, CONV_BOTH, EAGER, ADJOINT, 7.0),
+    Bar(CONV, CONV_BOTH, EAGER, BARE, 1.45, at_most=True),
+    Bar(GRID, "forward+backward", COMPILED, "torchdiffeq rk4", 2.0),
+    Bar(GRID, "forward+backward", COMPILED, BARE, 0.9, at_most=True),
+    Bar(NOISE, "Euler-Maruyama forward, 20 steps", "odelayers DropoutSDEBlock", "torchsde euler", 4.0),
+    Bar(NOISE, "Euler-Maruyama forward, 90 steps", "odelayers DropoutSDEBlock", "torchsde euler", 4.0),
+    Bar(NOISE, HEUN, "odelayers Reversible", "torchsde adjoint_reversible_heun", 3.0),
+)
+
+
+def ratios(out: Path, name: str, device: str) -> dict[tuple[str, str], float]:
+    """The ratios of one table by case and row; none where it has not been measured."""
+    path = out / f"{stem(name, device)}.json"
+    rows = json.loads(path.read_text())["rows"] if path.exists() else []
+    return {(row["case"], row["name"]): row["ratio"] for row in rows}
+
+
+def judged(out: Path, device: str) -> Iterator[dict[str, Any]]:
+    """Every bar with what was found. Ratios of one case have the same base, so one over the other compares two rows."""
+    tables = {name: ratios(out, name, device) for name in (SINE, CONV, GRID, NOISE)}
+    for bar in BARS:
+        row, peer = (tables[bar.table].get((bar.case, name)) for name in (bar.row, bar.peer))
+        found = None if row is None or peer is None else row / peer if bar.at_most else peer / row
+        if found is None:
+            verdict = "not measured"
+        elif found <= bar.factor if bar.at_most else found >= bar.factor:
+            verdict = "reached"
+        else:
+            verdict = f"not reached: {found:.2f} of {bar.factor:g}"
+        yield {**bar._asdict(), "found": found, "verdict": verdict}
+
+
+def main() -> None:
+    args = parser(__doc__ or "").parse_args()
+    verdicts = list(judged(args.out, args.device))
+    lines = [
+        "# Bars",
+        "",
+        "| table | case | row | beside | bar | found | verdict |",
+        "| --- | --- | --- | --- | ---: | ---: | --- |",
+    ]
+    for v in verdicts:
+        bar = f"at most {v['factor']:g} of its time" if v["at_most"] else f"{v['factor']:g}x as fast"
+        found = "-" if v["found"] is None else f"{v['found']:.2f}"
+        cells = (v["table"], v["case"], v["row"], v["peer"], bar, found, v["verdict"])
+        lines.append(f"| {' | '.join(cells)} |")
+    write(stem("bars", args.device), lines, {"bars": verdicts}, args.out)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,60 @@
+"""The benchmarks run, with whatever peers are installed, and every library's answer in their tables is a right one."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+# The largest error that a row may have: of tolerance and method, known beforehand, and far from that of a wrong answer.
+TABLES = {"fixed_grid": 1e-3, "sde": 0.1, "stiffness_spread": 1e-3}
+
+
+def run(name: str, out: Path, *, without: tuple[str, ...] = ()) -> dict[str, object]:
+    """One turn of a benchmark in a process of its own, where the peers `without` cannot be imported."""
+    code = f"import sys, runpy; sys.modules.update(dict.fromkeys({without!r})); sys.argv = sys.argv[1:]; "
+    code += "sys.path.insert(0, str(__import__('pathlib').Path(sys.argv[0]).parent)); "
+    code += "runpy.run_path(sys.argv[0], run_name='__main__')"
+    script = [str(BENCHMARKS / f"{name}.py"), "--rounds", "1", "--out", str(out), "--device", "cpu"]
+    done = subprocess.run([sys.executable, "-c", code, *script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads((out / f"{name}.json").read_text()) | {"printed": done.stdout}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TABLES)
+def test_every_row_of_a_table_is_near_the_reference(name: str, tmp_path: Path) -> None:
+    """Whatever library a row is of, its result agrees with the float64 reference to what its setting promises."""
+    table = run(name, tmp_path)
+    errors = {(row["case"], row["name"]): row["error"] for row in table["rows"] if row["name"] != "bare field"}
+    assert errors and all(error < TABLES[name] for error in errors.values()), errors
+
+
+@pytest.mark.slow
+def test_a_peer_that_is_not_installed_is_reported(tmp_path: Path) -> None:
+    """Without torchode, torchdyn and diffrax the table is made all the same, and names them."""
+    absent = ("torchode", "torchdyn", "diffrax")
+    table = run("fixed_grid", tmp_path, without=absent)
+    assert {row["name"].split()[0] for row in table["rows"]} == {"odelayers", "torchdiffeq", "bare"}
+    assert all(f"- Not installed: {peer}: " in table["printed"] for peer in absent)
+
+
+def test_the_bars_say_reached_only_where_it_is_so(tmp_path: Path) -> None:
+    """A bar is judged by the two rows that it names: reached at its factor, missed below it, and never by default."""
+    rows = [
+        {"case": "forward, B=128", "name": "odelayers Backprop", "ratio": 1.0},
+        {"case": "forward, B=128", "name": "torchdiffeq odeint", "ratio": 4.0},
+        {"case": "forward, B=128", "name": "diffrax jit", "ratio": 1.7},
+    ]
+    (tmp_path / "forward_backward.json").write_text(json.dumps({"rows": rows}))
+    verdicts = [(bar["row"], bar["peer"], bar["verdict"]) for bar in run("bars", tmp_path)["bars"]]
+    assert verdicts[:3] == [
+        ("odelayers Backprop", "torchdiffeq odeint", "reached"),
+        ("odelayers Backprop", "diffrax jit", "not reached: 1.70 of 1.8"),
+        ("odelayers compiled", "torchdiffeq odeint", "not measured"),
+    ]
+    assert {verdict for _, _, verdict in verdicts[3:]} == {"not measured"}
