@@ -17,7 +17,7 @@ from harness import Row, arguments, compare, parser, publish
 from peers import Solve, bare, gradients, odeint, training
 from torch import Tensor, nn
 
-from odelayers import Adjoint, Backprop, Checkpoint, ConvField, Dopri5, ODEBlock
+from odelayers import Adjoint, Backprop, Checkpoint, ConvField, Dopri5, ODEBlock, Reversible
 
 CHANNELS, SIZE, BATCH, TIMES, TOL, EXACT = 16, 7, 64, (1.0, 10.0), 1e-3, 1e-6
 
@@ -39,6 +39,7 @@ def blocks(f: nn.Module, t1: float) -> dict[str, Solve]:
     return {
         "odelayers Backprop": ODEBlock(f, t1=t1, solver=solver, gradient=Backprop()),
         "odelayers Checkpoint": ODEBlock(f, t1=t1, solver=solver, gradient=Checkpoint()),
+        "odelayers Reversible": ODEBlock(f, t1=t1, solver=solver, gradient=Reversible()),
         "odelayers Adjoint, max_drift=1": ODEBlock(f, t1=t1, solver=solver, gradient=Adjoint(max_drift=1.0)),
     }
 

@@ -17,7 +17,7 @@ from harness import Run, arguments, compare, largest, missing, parser, publish
 from peers import Solve, bare, forward, gradients, no_graph, odeint, rk4, training
 from torch import Tensor, nn
 
-from odelayers import RK4, Adjoint, Backprop, Checkpoint, ODEBlock
+from odelayers import RK4, Adjoint, Backprop, Checkpoint, ODEBlock, Reversible
 
 BATCH, STEPS = 128, 20
 
@@ -27,6 +27,8 @@ def blocks(f: nn.Module) -> dict[str, Solve]:
     solver = RK4(STEPS)
     return {
         "odelayers Backprop": ODEBlock(f, t1=T1, solver=solver, gradient=Backprop()),
+        "odelayers compiled": ODEBlock(f, t1=T1, solver=solver, compile=True),
+        "odelayers Reversible": ODEBlock(f, t1=T1, solver=solver, gradient=Reversible()),
         "odelayers Checkpoint": ODEBlock(f, t1=T1, solver=solver, gradient=Checkpoint()),
         "odelayers Adjoint": ODEBlock(f, t1=T1, solver=solver, gradient=Adjoint()),
     }
@@ -50,7 +52,11 @@ def main() -> None:
     precise = odeint(exact_f, T1, 1e-12)
     solves = blocks(f) | rk4(f, T1, STEPS)
     jax_forward, jax_training = diffrax_row(f, z) if "diffrax" not in missing() else ({}, {})
-    ahead = {name: forward(f, z, s) for name, s in solves.items() if not name.endswith(("Checkpoint", "Adjoint"))}
+    ahead = {
+        name: forward(f, z, s)
+        for name, s in solves.items()
+        if not name.endswith(("Checkpoint", "Reversible", "Adjoint"))
+    }
     ahead |= jax_forward
     both = {name: training(f, z, s) for name, s in solves.items()} | jax_training
     ahead["bare field"], both["bare field"] = bare(forward, f, z, 4 * STEPS), bare(training, f, z, 4 * STEPS)

@@ -17,7 +17,7 @@ from harness import Row, Run, arguments, compare, largest, missing, parser, publ
 from peers import Solve, adaptive, bare, forward, gradients, no_graph, odeint, training
 from torch import Tensor, nn
 
-from odelayers import Adjoint, Backprop, Checkpoint, Dopri5, ODEBlock
+from odelayers import Adjoint, Backprop, Checkpoint, Dopri5, ODEBlock, Reversible
 
 DIM, BATCHES, T1, TOL = 64, (128, 1024), 5.0, 1e-5
 
@@ -39,7 +39,10 @@ def blocks(f: nn.Module, t1: float = T1, tol: float = TOL) -> dict[str, Solve]:
     return {
         "odelayers Backprop": ODEBlock(f, t1=t1, solver=solver, gradient=Backprop()),
         "odelayers Backprop, 2e-5": ODEBlock(f, t1=t1, solver=looser, gradient=Backprop()),
+        "odelayers compiled": ODEBlock(f, t1=t1, solver=solver, compile=True),
+        "odelayers compiled, 2e-5": ODEBlock(f, t1=t1, solver=looser, compile=True),
         "odelayers Checkpoint": ODEBlock(f, t1=t1, solver=solver, gradient=Checkpoint()),
+        "odelayers Reversible": ODEBlock(f, t1=t1, solver=solver, gradient=Reversible()),
         "odelayers Adjoint": ODEBlock(f, t1=t1, solver=solver, gradient=Adjoint()),
     }
 
@@ -66,7 +69,7 @@ def case(f: Sine, z: Tensor, rounds: int) -> list[Row]:
     precise = odeint(exact_f, T1, 1e-12)
     solves = blocks(f) | adaptive(f, T1, TOL)
     jax_forward, jax_training = diffrax_rows(f, z) if "diffrax" not in missing() else ({}, {})
-    once = ("Checkpoint", "Adjoint", "odeint_adjoint")  # forward these solve as others do
+    once = ("Checkpoint", "Reversible", "Adjoint", "odeint_adjoint")  # forward these solve as others do
     ahead = {name: forward(f, z, solve) for name, solve in solves.items() if not name.endswith(once)}
     ahead |= {name: run for name, run in jax_forward.items() if not name.endswith("BacksolveAdjoint")}
     both = {name: training(f, z, solve) for name, solve in solves.items()} | jax_training

@@ -27,7 +27,7 @@ from harness import Row, Run, arguments, compare, parser, publish
 from peers import gradients
 from torch import Tensor, nn
 
-from odelayers import Backprop, Checkpoint, DropoutSDEBlock, EulerMaruyama, ReversibleHeun, SDEBlock
+from odelayers import Backprop, Checkpoint, DropoutSDEBlock, EulerMaruyama, Reversible, ReversibleHeun, SDEBlock
 
 DIM, BATCH, T1, P, FINER = 64, 128, 5.0, 0.1, 64
 SIGMA = (P / (1 - P)) ** 0.5
@@ -161,6 +161,7 @@ def reversible_heun(f: Sine, z: Tensor, rounds: int, steps: int = 90) -> list[Ro
     options = {"p": P, "t1": T1, "solver": ReversibleHeun(steps), "calculus": "stratonovich", "noise": "scalar"}
     solves = {
         "odelayers Backprop": own(DropoutSDEBlock(f, **options, gradient=Backprop())),
+        "odelayers Reversible": own(DropoutSDEBlock(f, **options, gradient=Reversible())),
         "odelayers Checkpoint": own(DropoutSDEBlock(f, **options, gradient=Checkpoint())),
         "torchsde backprop": torchsde_solve(f, steps, "reversible_heun", "stratonovich", "scalar"),
         "torchsde adjoint_reversible_heun": torchsde_solve(

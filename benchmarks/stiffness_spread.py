@@ -56,6 +56,7 @@ def solvers(f: Relaxation, k: Tensor) -> dict[str, Solve]:
     span = torch.tensor([0.0, T1], device=k.device)
     found = {
         "odelayers, shared steps": own(ODEBlock(f, time=True, t1=T1, solver=Dopri5(rtol=TOL, atol=TOL))),
+        "odelayers, own steps": own(ODEBlock(f, time=True, t1=T1, solver=Dopri5(TOL, TOL, batch="independent"))),
         "torchdiffeq odeint": lambda z: torchdiffeq.odeint(g, z, span, rtol=TOL, atol=TOL, method="dopri5")[-1],
     }
     if "torchode" not in missing():
