@@ -30,6 +30,7 @@ class Row:
     ratio: float  # the time of this row over that of the first row of its case, turn by turn; the median
     nfe: int | None
     error: float | None  # against a float64 reference
+    samples: int | None = None  # evaluated, summed over the evaluations; its column is shown where it is counted
 
 
 def interleaved(runs: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
@@ -94,7 +95,7 @@ def _cell(value: float | int | None, style: str) -> str:
 
 def publish(name: str, title: str, command: str, table: Sequence[Row], out: Path) -> None:
     """Print the table and write it as Markdown and JSON."""
-    about = machine()
+    about, counted = machine(), any(row.samples is not None for row in table)
     versions = ", ".join(f"{package} {number}" for package, number in about["versions"].items())
     lines = [
         f"# {title}",
@@ -103,11 +104,12 @@ def publish(name: str, title: str, command: str, table: Sequence[Row], out: Path
         f"{about['device']}; load {about['load']} at the end; Python {about['python']}, {versions}. "
         "A ratio is the time of a row over that of the first row of its case: the median over the turns.",
         "",
-        "| case | run | ms | ratio | NFE | error |",
-        "| --- | --- | ---: | ---: | ---: | ---: |",
+        f"| case | run | ms | ratio | NFE |{' samples |' if counted else ''} error |",
+        f"| --- | --- | ---: | ---: | ---: |{' ---: |' if counted else ''} ---: |",
     ]
     for row in table:
         cells = [row.case, row.name, f"{row.ms:.3g}", f"{row.ratio:.2f}", _cell(row.nfe, "d"), _cell(row.error, ".1e")]
+        cells[5:5] = [_cell(row.samples, "d")] if counted else []
         lines.append(f"| {' | '.join(cells)} |")
     text = "\n".join(lines) + "\n"
     print(text)
