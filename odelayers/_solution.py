@@ -100,8 +100,7 @@ class Stats:
     """How a solve went.
 
     Attributes:
-        nfe: evaluations of the field in the forward solve, each over the whole batch or, where t1 is an `Equilibrium`,
-            over the rows that have not stopped.
+        nfe: evaluations of the field in the forward solve, each over the batch, or the rows of it that are under way.
         accepted: steps taken.
         rejected: steps tried and thrown away by the step size control.
         status: `(B,)` integers, a `Status` per row (0 is OK).

@@ -71,11 +71,9 @@ def _legal_pairs(text: str) -> list[tuple[str, str, bool]]:
 
 def _solver(text: str) -> object:
     """The solver that a cell such as `RK4` or `TorchSDE("euler")` names."""
-    name, _, method = text.partition("(")
-    kind = getattr(odelayers, name)
-    if method:
-        return kind(method.strip(')"'))
-    return kind() if name in ("Dopri5", "Tsit5") else kind(10)
+    if "(" in text:
+        return eval(text, vars(odelayers))
+    return getattr(odelayers, text)() if text in ("Dopri5", "Tsit5") else getattr(odelayers, text)(10)
 
 
 @pytest.mark.parametrize(

@@ -223,8 +223,8 @@ class AdaptiveRungeKutta(MarchingSolver):
 class Dopri5(AdaptiveRungeKutta):
     """Dormand and Prince's method of order 5(4) with adaptive steps: the default.
 
-    The error norm is taken per sample and the worst sample decides, so every sample meets the tolerance it would meet
-    alone. Output times are read off a continuous extension of order 4. Step sizes are constants to the gradient.
+    The error norm is taken per sample and by default the worst sample decides, so every sample meets the tolerance it
+    would meet alone. Output times are read off a continuous extension of order 4. Step sizes are constants to the gradient.
     rtol is not taken below four roundings of the dtype that the field is evaluated in.
 
     Args:
@@ -232,9 +232,12 @@ class Dopri5(AdaptiveRungeKutta):
         atol: absolute tolerance.
         max_steps: steps tried, rejected ones included, before the solve fails with a diagnosis.
         first_step: length of the first step; chosen by itself when None.
+        batch: "shared": the batch takes one step, the worst sample decides on it. "independent": each sample has its
+            own time, steps and end, and one that fails does not stop the others. Time then reaches the field as a
+            tensor `(n, 1, ...)` for the n samples under way, and what the field knows of each must be `context`.
 
     Raises:
-        TypeError, ValueError: if a number is not positive and finite.
+        TypeError, ValueError: if a number is not positive and finite, or batch is no such word.
         SolveError: from the solve, when rows blow up, turn out stiff or spend max_steps.
 
     Source: Dormand and Prince, J. Comput. Appl. Math. 6 (1980).
