@@ -5,6 +5,7 @@ from odelayers._solvers.base import MarchingSolver, Path, Solver
 from odelayers._solvers.fixed import RK4, Euler, FixedGrid, Heun, Midpoint
 from odelayers._solvers.reference import TorchDiffEq
 from odelayers._solvers.reference_sde import TorchSDE
+from odelayers._solvers.rosenbrock import Rodas5P
 from odelayers._solvers.sde import EulerMaruyama, Milstein, ReversibleHeun, StratonovichHeun
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "Milstein",
     "Path",
     "ReversibleHeun",
+    "Rodas5P",
     "Solver",
     "StratonovichHeun",
     "TorchDiffEq",

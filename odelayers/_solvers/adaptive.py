@@ -34,15 +34,13 @@ class Try(NamedTuple):
 
 
 @dataclass(frozen=True)
-class AdaptiveRungeKutta(MarchingSolver):
-    """An embedded pair with first-same-as-last stages under an elementary step size control."""
+class Adaptive(MarchingSolver):
+    """What a solver that controls its error is told."""
 
     rtol: float = 1e-5
     atol: float = 1e-5
     max_steps: int = 10_000
     first_step: float | None = None
-
-    tableau: ClassVar[Tableau]
 
     def __post_init__(self) -> None:
         name = type(self).__name__
@@ -51,6 +49,19 @@ class AdaptiveRungeKutta(MarchingSolver):
         positive_int(self.max_steps, f"{name}: max_steps")
         if self.first_step is not None:
             positive_number(self.first_step, f"{name}: first_step")
+
+    def tolerances(self, f: Evaluator, z: Tensor) -> tuple[float, float]:
+        """Both tolerances, not below the rounding of the dtype that the field is evaluated in."""
+        precision = f.precision(z)
+        floor = 4 * torch.finfo(precision).eps
+        return max(self.rtol, floor), max(self.atol, floor if precision != z.dtype else 0.0)
+
+
+@dataclass(frozen=True)
+class AdaptiveRungeKutta(Adaptive):
+    """An embedded pair with first-same-as-last stages under an elementary step size control."""
+
+    tableau: ClassVar[Tableau]
 
     def start(self, f: Evaluator, t0: float, z0: Tensor, driver: Driver) -> State:
         return z0, driver.terms(f, t0, z0)[0].reshape(-1)
@@ -98,12 +109,6 @@ class AdaptiveRungeKutta(MarchingSolver):
         stages = stages_like(before[0], len(self.tableau.c))
         attempt = self._attempt(f, step.t, step.h, before, driver, stages)
         return self._after(attempt), self._outputs(attempt, step, before[0])
-
-    def tolerances(self, f: Evaluator, z: Tensor) -> tuple[float, float]:
-        """Both tolerances, not below the rounding of the dtype that the field is evaluated in."""
-        precision = f.precision(z)
-        floor = 4 * torch.finfo(precision).eps
-        return max(self.rtol, floor), max(self.atol, floor if precision != z.dtype else 0.0)
 
     def _attempt(self, f: Evaluator, t: float, h: float, before: State, driver: Driver, stages: Stages) -> Try:
         z, k = before

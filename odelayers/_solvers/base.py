@@ -6,12 +6,12 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
-from odelayers._driver import Driver
+from odelayers._driver import Driver, Time
 from odelayers._evaluator import Evaluator
 from odelayers._field import as_rows
 from odelayers._solution import SolveError, Status
@@ -39,9 +39,9 @@ class Step(NamedTuple):
 
 
 class Taken(NamedTuple):
-    """A step taken: the state before it, the state after it, its outputs, and the tries thrown away before it."""
+    """A step taken: what `again` is told of it, the states before and after it, its outputs, and the tries before it."""
 
-    step: Step
+    step: Any
     before: State
     after: State
     outputs: list[Tensor]
@@ -90,7 +90,7 @@ class MarchingSolver(Solver):
         """Take the steps from ts[0] to ts[-1]."""
 
     @abstractmethod
-    def again(self, f: Evaluator, step: Step, before: State, driver: Driver) -> tuple[State, list[Tensor]]:
+    def again(self, f: Evaluator, step: Any, before: State, driver: Driver) -> tuple[State, list[Tensor]]:
         """Take a step once more from the state before it: the state after it and its outputs."""
 
     def integrate(self, f: Evaluator, z0: Tensor, ts: Sequence[float], driver: Driver, norm: Norm = row_rms) -> Path:
@@ -102,9 +102,9 @@ class MarchingSolver(Solver):
 
 
 def fail(
-    solver: Solver, f: Evaluator, rows: Tensor, s: float, driver: Driver, status: Status, note: str = ""
+    solver: Solver, f: Evaluator, rows: Tensor, s: Time, driver: Driver, status: Status, note: str = ""
 ) -> SolveError:
-    """The error for the rows flagged in `rows` (B,), which failed at the solver's time s."""
+    """The error for the rows flagged in `rows` (B,), which failed at the solver's time s, one or one for each row."""
     index = rows.nonzero().flatten()
     t = torch.as_tensor(driver.time(s)).detach().to(torch.float64).reshape(-1)
     times = t.expand(rows.shape[0]) if t.numel() == 1 else t

@@ -1,0 +1,241 @@
+"""A Rosenbrock method for stiff fields: one Jacobian and one LU decomposition a step, no nonlinear equation."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from odelayers._driver import Driver, against
+from odelayers._evaluator import Evaluator, transformed
+from odelayers._field import as_rows
+from odelayers._jacobian import differentials, refuse_batchnorm
+from odelayers._solution import SolveError, Status
+from odelayers._solvers.adaptive import Adaptive
+from odelayers._solvers.base import Norm, State, Taken, fail, nonfinite_rows
+from odelayers._solvers.rosenbrock_tableau import RODAS5P, RosenbrockTableau
+from odelayers._solvers.rowwise import RowControl, RowStep
+from odelayers._solvers.stages import Stages, stages_like
+
+__all__ = ["Rodas5P"]
+
+
+class Try(NamedTuple):
+    """One attempted step: the result, the stages, and the field's rows at its start."""
+
+    z: Tensor
+    stages: Stages
+    k: Tensor
+
+
+@dataclass(frozen=True)
+class Rosenbrock(Adaptive):
+    """An embedded, stiffly accurate Rosenbrock method; every row steps by itself."""
+
+    tableau: ClassVar[RosenbrockTableau]
+
+    def start(self, f: Evaluator, t0: float, z0: Tensor, driver: Driver) -> State:
+        return z0, z0.new_empty(0, *z0.shape[1:])  # the state, and the outputs found
+
+    def march(self, f: Evaluator, z0: Tensor, ts: Sequence[float], driver: Driver, norm: Norm) -> Iterator[Taken]:
+        self._refuse(f)
+        t1, way = ts[-1], math.copysign(1.0, ts[-1] - ts[0])
+        rtol, atol = self.tolerances(f, z0)
+        t, outputs = torch.full((len(z0),), ts[0], dtype=torch.float64), torch.tensor(ts[1:-1], dtype=torch.float64)
+        control = RowControl(self._first_steps(f, t, z0, t1, driver, norm, rtol, atol), self.tableau.order)
+        shortest = 4 * torch.finfo(torch.float64).eps * torch.maximum(control.next, t.abs())
+        before, stages = self.start(f, ts[0], z0, driver), stages_like(z0, len(self.tableau.c))
+        rejected, tried, places = 0, 0, [torch.empty(0, dtype=torch.long)]
+        while (going := (t1 - t) * way > 0).any():
+            left = (t1 - t) * way
+            # A last step that would leave a sliver is stretched or clipped to end exactly at t1.
+            last = control.next * 1.01 >= left
+            h = torch.where(last, left, control.next)  # 0 for a row that has arrived
+            attempt = self._attempt(f, t, h * way, before[0], driver, stages)
+            with torch.no_grad():
+                errors = norm(self._scaled_error(attempt, before[0], rtol, atol)).to("cpu", torch.float64)
+            tried += 1
+            ok = control.judge(h, errors)
+            if (ok & going).any():
+                end = torch.where(ok, torch.where(last, t1, t + h * way), t)
+                passed = ((outputs[:, None] - t) * way > 0) & ((outputs[:, None] - end) * way <= 0)
+                k, rows = passed.nonzero(as_tuple=True)
+                places.append(k * len(z0) + rows)
+                order = torch.cat(places).argsort() if not ((t1 - end) * way > 0).any() else None
+                theta = (outputs[k] - t[rows]) / (end - t)[rows]
+                step = RowStep(t, torch.where(ok, h * way, 0.0), rows, theta, order)
+                if not ok.all():
+                    moved = ok.to(z0.device).view(-1, *[1] * (z0.ndim - 1))
+                    attempt = attempt._replace(z=torch.where(moved, attempt.z, before[0]))
+                after, found = self._after(attempt, step, before)
+                yield Taken(step, before, after, found, rejected)
+                t, before, rejected = end, after, 0
+            else:
+                rejected += 1
+            stuck = (control.next < torch.maximum(shortest, 4 * torch.finfo(torch.float64).eps * t.abs()))
+            going = (t1 - t) * way > 0
+            if (stuck & going).any() or (tried >= self.max_steps and going.any()):
+                raise self._failure(f, before[0], attempt, errors, stuck & going, going, t, control.next * way, tried, driver)
+
+    def again(self, f: Evaluator, step: RowStep, before: State, driver: Driver) -> tuple[State, list[Tensor]]:
+        stages = stages_like(before[0], len(self.tableau.c))
+        return self._after(self._attempt(f, step.t, step.h, before[0], driver, stages), step, before)
+
+    def _refuse(self, f: Evaluator) -> None:
+        if transformed():
+            raise RuntimeError(
+                f"{self!r} under a torch.func transform: its steps differentiate the field themselves, by autograd, and "
+                f"read errors on the host; use a fixed grid such as RK4(steps), or hand the rows over as one batch "
+                f"(odelayers.jacobian does)"
+            )
+        refuse_batchnorm(f.field, repr(self))
+
+    def _attempt(self, f: Evaluator, t: Tensor, h: Tensor, z: Tensor, driver: Driver, stages: Stages) -> Try:
+        """One step of length h (B,) from t (B,); a row of length 0 stays where it is, and so does its derivative."""
+        tableau = self.tableau
+        c = torch.tensor(tableau.c, dtype=torch.float64).unsqueeze(1)
+        # All that the device must know of the times goes there at once.
+        length, *times = torch.cat([h.unsqueeze(0), t + c * h]).to(z).unbind(0)
+        times = [against(s, driver.clock.ndim) for s in times]
+        length = length.unsqueeze(1)
+        k, J, drift = self._linear(f, times[0], z, driver)
+        W = torch.eye(J.shape[-1], dtype=z.dtype, device=z.device) - tableau.gamma * length.unsqueeze(-1) * J
+        # Unchecked: a singular matrix shows as steps that are not finite.
+        LU, pivots, _ = torch.linalg.lu_factor_ex(W)
+        flat, at, value = z.reshape(-1), z, k
+        for i in range(len(tableau.c)):
+            if i:
+                at = stages.combine(flat, tableau.a[i - 1], 1.0).view(z.shape)
+                value = as_rows(driver.terms(f, times[i], at)[0])
+            right = tableau.gamma * length * value
+            if drift is not None and tableau.d[i]:
+                right = right + (tableau.gamma * tableau.d[i]) * length.square() * drift
+            if i:
+                right = stages.combine(right.reshape(-1), tableau.e[i - 1], tableau.gamma).view(right.shape)
+            stages.put(i, torch.linalg.lu_solve(LU, pivots, right.unsqueeze(-1)).reshape(-1))
+        return Try(stages.combine(flat, tableau.b, 1.0).view(z.shape), stages, k)
+
+    def _linear(
+        self, f: Evaluator, s: Tensor, z: Tensor, driver: Driver
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Value (B, D), Jacobian (B, D, D) and derivative in time (B, D) of dz/ds, where s is the solver's time."""
+        value, J, drift = differentials(f, driver.time(s), z)
+        value, rate = as_rows(value), driver.clock.rate
+        if rate is None:
+            return value, J, drift
+        rate = rate.reshape(-1, 1)
+        return rate * value, rate.unsqueeze(-1) * J, None if drift is None else rate.square() * drift
+
+    def _after(self, attempt: Try, step: RowStep, before: State) -> tuple[State, list[Tensor]]:
+        """The state after a step with the outputs that it passed; after the last, all outputs in their order."""
+        found, batch = before[1], len(attempt.z)
+        if len(step.rows):
+            found = torch.cat([found, self._between(attempt, step, before[0])])
+        outputs: list[Tensor] = []
+        if step.order is not None:
+            found = found[step.order.to(found.device)]
+            outputs = [*found.view(len(found) // batch, *attempt.z.shape).unbind(0), attempt.z]
+        return (attempt.z, found), outputs
+
+    def _between(self, attempt: Try, step: RowStep, z: Tensor) -> Tensor:
+        """The states of the step's rows at its fractions theta, by the continuous extension."""
+        rows, s = step.rows.to(z.device), against(step.theta.to(z), z.ndim)
+        zero, inner = z.new_zeros(()).expand(z.numel()), torch.zeros_like(s)
+        for weights in reversed(self.tableau.dense):
+            inner = s * inner + attempt.stages.combine(zero, weights, 1.0).view(z.shape)[rows]
+        return (1 - s) * z[rows] + s * (attempt.z[rows] + (1 - s) * inner)
+
+    def _scaled_error(self, attempt: Try, z: Tensor, rtol: float, atol: float) -> Tensor:
+        """The embedded error, which is the last stage, over atol + rtol max(|z|, |z'|)."""
+        scale = torch.maximum(z.abs(), attempt.z.abs()).mul_(rtol).add_(atol)
+        return attempt.stages.get(-1).view(z.shape) / scale
+
+    @torch.no_grad()
+    def _first_steps(
+        self, f: Evaluator, t: Tensor, z: Tensor, t1: float, driver: Driver, norm: Norm, rtol: float, atol: float
+    ) -> Tensor:
+        """The given first step, or Hairer's choice for each row (Solving ODEs I, II.4); (B,), on the host."""
+        span, s = abs(t1 - t[0].item()), against(t.to(z), driver.clock.ndim)
+        way = math.copysign(1.0, t1 - t[0].item())
+        k = driver.terms(f, s, z)[0]
+        scale = z.abs().mul_(rtol).add_(atol)
+        size, speed = norm(z / scale), norm(k / scale)
+        bad = nonfinite_rows(z) | nonfinite_rows(k)
+        if not bool(speed.isfinite().all() & size.isfinite().all()):
+            status = Status.NONFINITE if bad.any() else Status.BLOW_UP
+            raise fail(self, f, bad | ~speed.isfinite() | ~size.isfinite(), s, driver, status)
+        if self.first_step is not None:
+            return torch.full_like(t, min(self.first_step, span))
+        h = torch.where((size < 1e-5) | (speed < 1e-5), 1e-6, 0.01 * size / speed).clamp(max=span)
+        there = driver.terms(f, s + way * against(h, driver.clock.ndim), z + way * against(h, z.ndim) * k)[0]
+        fastest = torch.maximum(speed, norm((there - k) / scale) / h)
+        guess = (0.01 / fastest) ** (1 / self.tableau.order)
+        guess = torch.where(fastest <= 1e-15, (h * 1e-3).clamp(min=1e-6), guess)
+        guess = torch.where(fastest.isfinite(), torch.minimum(100 * h, guess), h)
+        return guess.clamp(max=span).to("cpu", torch.float64)
+
+    @torch.no_grad()
+    def _failure(
+        self,
+        f: Evaluator,
+        z: Tensor,
+        attempt: Try,
+        errors: Tensor,
+        stuck: Tensor,
+        going: Tensor,
+        t: Tensor,
+        h: Tensor,
+        tried: int,
+        driver: Driver,
+    ) -> SolveError:
+        """Say which rows stopped the solve and why."""
+        rows = stuck if stuck.any() else going
+        k, flat = attempt.k.to("cpu", torch.float64), as_rows(z).to("cpu", torch.float64)
+        growing = ((flat * k).sum(1) * h > 0) & (flat.norm(dim=1) < 1e-6 * t.abs().clamp(min=1e-6) * k.norm(dim=1))
+        blown = rows & (~errors.isfinite() | growing)
+        status = Status.MAX_STEPS if rows is going else Status.STEP_UNDERFLOW
+        if blown.any():
+            rows, status = blown, Status.BLOW_UP
+        note = f"after {tried} steps tried, the last of length {h[rows].abs().min().item():.3g}"
+        return fail(self, f, rows, against(t.to(z), driver.clock.ndim), driver, status, note)
+
+
+@dataclass(frozen=True)
+class Rodas5P(Rosenbrock):
+    """Steinebach's Rosenbrock method of order 5(4), for stiff fields: L-stable, with a gradient for training.
+
+    Each step takes the Jacobian at its start and one LU decomposition of a (D, D) matrix a row, so it suits states of up to
+    a few hundred coordinates; there are no nonlinear equations and no Newton iteration. A field's closed form
+    `linearize` is used where there is one (see `jacobian`). Every row has its own steps, as if alone: a fast phase of
+    one does not slow the others. So a field that takes the time gets one for each row, which broadcasts against z.
+    Output times are read off a continuous extension of order 4. Step sizes are constants to the gradient.
+
+    A state in half precision is solved for in float32. rtol is not taken below four roundings of the dtype that the field is
+    evaluated in.
+
+    Args:
+        rtol: relative tolerance of a step's local error.
+        atol: absolute tolerance; of components that stay small, such as the 1e-5 of Robertson's problem, it decides.
+        max_steps: steps tried by a row, rejected ones included, before the solve fails.
+        first_step: length of the first step; chosen for each row when None.
+
+    Raises:
+        TypeError, ValueError: if a number is not positive and finite.
+        ValueError: from the solve, if the field holds a BatchNorm that uses batch statistics.
+        SolveError: from the solve, when rows blow up or spend max_steps.
+
+    Source: Steinebach, BIT Numerical Mathematics 63:27 (2023).
+
+    Example:
+        >>> import odelayers
+        >>> block = odelayers.ODEBlock(lambda z: -1e6 * (z - 1), solver=Rodas5P())
+        >>> solution = block.solve(torch.zeros(2, 3, dtype=torch.float64))
+        >>> bool((solution.final - 1).abs().max() < 1e-5), solution.stats.accepted < 50
+        (True, True)
+    """
+
+    tableau, order = RODAS5P, 5
