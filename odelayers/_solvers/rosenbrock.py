@@ -17,6 +17,7 @@ from odelayers._jacobian import differentials, refuse_batchnorm
 from odelayers._solution import SolveError, Status
 from odelayers._solvers.adaptive import Adaptive
 from odelayers._solvers.base import Norm, State, Taken, fail, nonfinite_rows
+from odelayers._solvers.factored import Factored
 from odelayers._solvers.rosenbrock_tableau import RODAS5P, RosenbrockTableau
 from odelayers._solvers.rowwise import RowControl, RowStep
 from odelayers._solvers.stages import Stages, stages_like
@@ -103,9 +104,7 @@ class Rosenbrock(Adaptive):
         times = [against(s, driver.clock.ndim) for s in times]
         length = length.unsqueeze(1)
         k, J, drift = self._linear(f, times[0], z, driver)
-        W = torch.eye(J.shape[-1], dtype=z.dtype, device=z.device) - tableau.gamma * length.unsqueeze(-1) * J
-        # Unchecked: a singular matrix shows as steps that are not finite.
-        LU, pivots, _ = torch.linalg.lu_factor_ex(W)
+        W = Factored(torch.eye(J.shape[-1], dtype=z.dtype, device=z.device) - tableau.gamma * length.unsqueeze(-1) * J)
         flat, at, value = z.reshape(-1), z, k
         for i in range(len(tableau.c)):
             if i:
@@ -116,7 +115,7 @@ class Rosenbrock(Adaptive):
                 right = right + (tableau.gamma * tableau.d[i]) * length.square() * drift
             if i:
                 right = stages.combine(right.reshape(-1), tableau.e[i - 1], tableau.gamma).view(right.shape)
-            stages.put(i, torch.linalg.lu_solve(LU, pivots, right.unsqueeze(-1)).reshape(-1))
+            stages.put(i, W.solve(right).reshape(-1))
         return Try(stages.combine(flat, tableau.b, 1.0).view(z.shape), stages, k)
 
     def _linear(
