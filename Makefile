@@ -40,6 +40,7 @@ bench: $(VENV)/.test
 	$(BIN)/python -u benchmarks/forward_backward.py
 	$(BIN)/python -u benchmarks/jacobians.py
 	$(BIN)/python -u benchmarks/memory.py
+	$(BIN)/python -u benchmarks/stiff.py
 
 # A seeded sample of mutants of the mathematics against the fast tests; resumes, writes benchmarks/results/mutants.*
 mutants: $(VENV)/.dev

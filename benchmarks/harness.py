@@ -64,10 +64,10 @@ def rows(case: str, times: dict[str, list[float]], nfe: dict[str, int], error: d
     return table
 
 
-def arguments(description: str) -> argparse.Namespace:
+def arguments(description: str, rounds: int = 31) -> argparse.Namespace:
     """The command line of every benchmark."""
     parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--rounds", type=int, default=31, help="turns that each run gets (default: 31)")
+    parser.add_argument("--rounds", type=int, default=rounds, help=f"turns that each run gets (default: {rounds})")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the table and the JSON")
     return parser.parse_args()
 

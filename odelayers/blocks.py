@@ -31,10 +31,10 @@ class ODEBlock(Block):
 
     Args:
         f: the field, a module or function `f(z)` or `f(t, z)`, registered unchanged as `block.f`. Time reaches it as
-            a tensor that broadcasts against z: 0-d, or `(B, 1, ...)` where samples have their own end times.
+            a tensor that broadcasts against z: 0-d, or `(B, 1, ...)` where samples have their own end times or steps.
         t0: start time.
         t1: end time: a float, `Uniform(a, b)`, or a 0-d `nn.Parameter` to learn it.
-        solver: a solver, or "dopri5" / "tsit5" as shorthand.
+        solver: a solver, or "dopri5" / "tsit5" / "rodas5p" as shorthand.
         gradient: `Backprop()`, `Checkpoint()` or `Adjoint()`.
         time: whether f takes the time, where its signature leaves that open.
         on_failure: "raise", or "isolate" to solve the healthy rows without the failed ones.

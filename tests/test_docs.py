@@ -75,7 +75,7 @@ def _solver(text: str) -> object:
     kind = getattr(odelayers, name)
     if method:
         return kind(method.strip(')"'))
-    return kind() if name in ("Dopri5", "Tsit5") else kind(10)
+    return kind() if name in ("Dopri5", "Tsit5", "Rodas5P") else kind(10)
 
 
 @pytest.mark.parametrize(
