@@ -33,8 +33,8 @@ def resolve_solver(solver: Solver | str, where: str) -> Solver:
         raise TypeError(f"{where}: solver: expected a solver such as Dopri5() or RK4(steps=20), got {solver!r}")
     if solver not in _SHORTHAND:
         raise ValueError(
-            f"{where}: solver: expected 'dopri5', 'tsit5' or 'rodas5p' as shorthand, got {solver!r}; a fixed grid needs "
-            f"its number of steps: RK4(steps=20); torchdiffeq's methods are TorchDiffEq({solver!r})"
+            f"{where}: solver: expected 'dopri5', 'tsit5' or 'rodas5p' as shorthand, got {solver!r}; a fixed grid "
+            f"needs its number of steps: RK4(steps=20); torchdiffeq's methods are TorchDiffEq({solver!r})"
         )
     return _SHORTHAND[solver]()
 

@@ -101,7 +101,7 @@ def differentials(f: Evaluator, t: Tensor, z: Tensor) -> tuple[Tensor, Tensor, T
     J = (factors[0].unsqueeze(-1) * factors[1]).to(z.dtype)
     if not field.takes_time:
         return f(t, z), J, None
-    out, drift = torch.func.jvp(lambda s: f(s, z), (t,), (torch.ones_like(t),))
+    out, drift = torch.func.jvp(lambda s: f(s, z), (t,), (torch.ones_like(t),))[:2]
     return out, J, as_rows(drift)
 
 

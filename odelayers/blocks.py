@@ -67,8 +67,8 @@ class ODEBlock(Block):
         solver = resolve_solver(solver, where)
         if solver.calculus:
             raise ValueError(
-                f"{where}: {solver!r} is a solver for SDEs; for an ODE use Dopri5(), Tsit5(), Euler, Midpoint, Heun "
-                f"or RK4(steps), or TorchDiffEq(method)"
+                f"{where}: {solver!r} is a solver for SDEs; for an ODE use Dopri5(), Tsit5(), Rodas5P(), Euler, "
+                f"Midpoint, Heun or RK4(steps), or TorchDiffEq(method)"
             )
         super().__init__(f, t0=t0, t1=t1, solver=solver, gradient=gradient, time=time, on_failure=on_failure)
 

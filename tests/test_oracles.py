@@ -183,7 +183,9 @@ def test_three_libraries_agree(problem: Problem) -> None:
     def flat(t: float, y: np.ndarray) -> np.ndarray:
         return problem.rate(torch.tensor(t, dtype=F64), torch.from_numpy(y).view(shape)).numpy().ravel()
 
-    found = [ODEBlock(problem.f, solver=s(1e-9, 1e-9)).solve(problem.z0, ts.tolist()).zs for s in (Dopri5, Tsit5, Rodas5P)]
+    found = [
+        ODEBlock(problem.f, solver=s(1e-9, 1e-9)).solve(problem.z0, ts.tolist()).zs for s in (Dopri5, Tsit5, Rodas5P)
+    ]
     found.append(torchdiffeq.odeint(problem.rate, problem.z0, torch.from_numpy(ts), rtol=1e-9, atol=1e-9))
     for method in ("DOP853", "Radau"):
         out = solve_ivp(flat, (0.0, 1.5), problem.z0.numpy().ravel(), method, ts, rtol=1e-9, atol=1e-9)

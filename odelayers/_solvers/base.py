@@ -39,7 +39,7 @@ class Step(NamedTuple):
 
 
 class Taken(NamedTuple):
-    """A step taken: what `again` is told of it, the states before and after it, its outputs, and the tries before it."""
+    """A step taken: what `again` needs of it, the states before and after, its outputs, and the tries before it."""
 
     step: Any
     before: State

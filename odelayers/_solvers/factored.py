@@ -25,9 +25,14 @@ class Factored:
     def solve(self, right: Tensor) -> Tensor:
         """The rows x `(B, D)` with W x = right."""
         if not torch.is_grad_enabled():
-            return torch.linalg.lu_solve(self.LU, self.pivots, right.unsqueeze(-1)).squeeze(-1)
-        solution: Tensor = _Solve.apply(self.W, self.LU, self.pivots, right.unsqueeze(-1), False)  # type: ignore[no-untyped-call]
-        return solution.squeeze(-1)
+            x: Tensor = torch.linalg.lu_solve(self.LU, self.pivots, right.unsqueeze(-1))
+            return x.squeeze(-1)
+        return _solve(self.W, self.LU, self.pivots, right.unsqueeze(-1), False).squeeze(-1)
+
+
+def _solve(W: Tensor, LU: Tensor, pivots: Tensor, r: Tensor, transposed: bool) -> Tensor:
+    x: Tensor = _Solve.apply(W, LU, pivots, r, transposed)  # type: ignore[no-untyped-call]
+    return x
 
 
 class _Solve(torch.autograd.Function):
@@ -35,7 +40,7 @@ class _Solve(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, W: Tensor, LU: Tensor, pivots: Tensor, r: Tensor, transposed: bool) -> Tensor:
-        x = torch.linalg.lu_solve(LU, pivots, r, adjoint=transposed)
+        x: Tensor = torch.linalg.lu_solve(LU, pivots, r, adjoint=transposed)
         ctx.save_for_backward(W, LU, pivots, x)
         ctx.transposed = transposed
         return x
@@ -43,7 +48,7 @@ class _Solve(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
         W, LU, pivots, x = ctx.saved_tensors
-        y: Tensor = _Solve.apply(W, LU, pivots, gradient, not ctx.transposed)  # type: ignore[no-untyped-call]
+        y = _solve(W, LU, pivots, gradient, not ctx.transposed)
         into_W = None
         if ctx.needs_input_grad[0]:
             into_W = -(x @ y.mT) if ctx.transposed else -(y @ x.mT)

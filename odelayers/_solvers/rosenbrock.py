@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -44,43 +44,28 @@ class Rosenbrock(Adaptive):
 
     def march(self, f: Evaluator, z0: Tensor, ts: Sequence[float], driver: Driver, norm: Norm) -> Iterator[Taken]:
         self._refuse(f)
-        t1, way = ts[-1], math.copysign(1.0, ts[-1] - ts[0])
-        rtol, atol = self.tolerances(f, z0)
-        t, outputs = torch.full((len(z0),), ts[0], dtype=torch.float64), torch.tensor(ts[1:-1], dtype=torch.float64)
-        control = RowControl(self._first_steps(f, t, z0, t1, driver, norm, rtol, atol), self.tableau.order)
-        shortest = 4 * torch.finfo(torch.float64).eps * torch.maximum(control.next, t.abs())
-        before, stages = self.start(f, ts[0], z0, driver), stages_like(z0, len(self.tableau.c))
-        rejected, tried, places = 0, 0, [torch.empty(0, dtype=torch.long)]
-        while (going := (t1 - t) * way > 0).any():
-            left = (t1 - t) * way
-            # A last step that would leave a sliver is stretched or clipped to end exactly at t1.
-            last = control.next * 1.01 >= left
-            h = torch.where(last, left, control.next)  # 0 for a row that has arrived
-            attempt = self._attempt(f, t, h * way, before[0], driver, stages)
-            with torch.no_grad():
-                errors = norm(self._scaled_error(attempt, before[0], rtol, atol)).to("cpu", torch.float64)
-            tried += 1
-            ok = control.judge(h, errors)
+        tolerances = self.tolerances(f, z0)
+        first = self._first_steps(f, z0, ts[0], ts[-1], driver, norm, *tolerances)
+        control = RowControl(ts, first.to("cpu", torch.float64), self.tableau.order)
+        before, stages, rejected = self.start(f, ts[0], z0, driver), stages_like(z0, len(self.tableau.c)), 0
+        while (going := control.left > 0).any():
+            h = control.propose()
+            attempt = self._attempt(f, control.t, h, before[0], driver, stages)
+            with torch.no_grad():  # the step's one host read
+                errors = norm(self._scaled_error(attempt, before[0], *tolerances)).to("cpu", torch.float64)
+            ok = control.judge(errors)
             if (ok & going).any():
-                end = torch.where(ok, torch.where(last, t1, t + h * way), t)
-                passed = ((outputs[:, None] - t) * way > 0) & ((outputs[:, None] - end) * way <= 0)
-                k, rows = passed.nonzero(as_tuple=True)
-                places.append(k * len(z0) + rows)
-                order = torch.cat(places).argsort() if not ((t1 - end) * way > 0).any() else None
-                theta = (outputs[k] - t[rows]) / (end - t)[rows]
-                step = RowStep(t, torch.where(ok, h * way, 0.0), rows, theta, order)
                 if not ok.all():
-                    moved = ok.to(z0.device).view(-1, *[1] * (z0.ndim - 1))
+                    moved = against(ok.to(z0.device), z0.ndim)
                     attempt = attempt._replace(z=torch.where(moved, attempt.z, before[0]))
-                after, found = self._after(attempt, step, before)
-                yield Taken(step, before, after, found, rejected)
-                t, before, rejected = end, after, 0
+                step = control.advance(ok)
+                after, outputs = self._after(attempt, step, before)
+                yield Taken(step, before, after, outputs, rejected)
+                before, rejected = after, 0
             else:
                 rejected += 1
-            stuck = (control.next < torch.maximum(shortest, 4 * torch.finfo(torch.float64).eps * t.abs()))
-            going = (t1 - t) * way > 0
-            if (stuck & going).any() or (tried >= self.max_steps and going.any()):
-                raise self._failure(f, before[0], attempt, errors, stuck & going, going, t, control.next * way, tried, driver)
+            if control.stuck.any() or (control.tried >= self.max_steps and (control.left > 0).any()):
+                raise self._failure(f, driver, control, before[0], attempt.k)
 
     def again(self, f: Evaluator, step: RowStep, before: State, driver: Driver) -> tuple[State, list[Tensor]]:
         stages = stages_like(before[0], len(self.tableau.c))
@@ -89,9 +74,9 @@ class Rosenbrock(Adaptive):
     def _refuse(self, f: Evaluator) -> None:
         if transformed():
             raise RuntimeError(
-                f"{self!r} under a torch.func transform: its steps differentiate the field themselves, by autograd, and "
-                f"read errors on the host; use a fixed grid such as RK4(steps), or hand the rows over as one batch "
-                f"(odelayers.jacobian does)"
+                f"{self!r} under a torch.func transform: its steps differentiate the field themselves and read errors "
+                f"on the host, which transforms forbid; use a fixed grid such as RK4(steps), or hand the rows over as "
+                f"one batch (odelayers.jacobian does)"
             )
         refuse_batchnorm(f.field, repr(self))
 
@@ -118,11 +103,9 @@ class Rosenbrock(Adaptive):
             stages.put(i, W.solve(right).reshape(-1))
         return Try(stages.combine(flat, tableau.b, 1.0).view(z.shape), stages, k)
 
-    def _linear(
-        self, f: Evaluator, s: Tensor, z: Tensor, driver: Driver
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
+    def _linear(self, f: Evaluator, s: Tensor, z: Tensor, driver: Driver) -> tuple[Tensor, Tensor, Tensor | None]:
         """Value (B, D), Jacobian (B, D, D) and derivative in time (B, D) of dz/ds, where s is the solver's time."""
-        value, J, drift = differentials(f, driver.time(s), z)
+        value, J, drift = differentials(f, cast(Tensor, driver.time(s)), z)
         value, rate = as_rows(value), driver.clock.rate
         if rate is None:
             return value, J, drift
@@ -155,66 +138,55 @@ class Rosenbrock(Adaptive):
 
     @torch.no_grad()
     def _first_steps(
-        self, f: Evaluator, t: Tensor, z: Tensor, t1: float, driver: Driver, norm: Norm, rtol: float, atol: float
+        self, f: Evaluator, z: Tensor, t0: float, t1: float, driver: Driver, norm: Norm, rtol: float, atol: float
     ) -> Tensor:
-        """The given first step, or Hairer's choice for each row (Solving ODEs I, II.4); (B,), on the host."""
-        span, s = abs(t1 - t[0].item()), against(t.to(z), driver.clock.ndim)
-        way = math.copysign(1.0, t1 - t[0].item())
+        """The given first step, or Hairer's choice for each row (Solving ODEs I, II.4), `(B,)`."""
+        span, way, ndim = abs(t1 - t0), math.copysign(1.0, t1 - t0), driver.clock.ndim
+        s = against(z.new_full((len(z),), t0), ndim)
         k = driver.terms(f, s, z)[0]
         scale = z.abs().mul_(rtol).add_(atol)
         size, speed = norm(z / scale), norm(k / scale)
         bad = nonfinite_rows(z) | nonfinite_rows(k)
-        if not bool(speed.isfinite().all() & size.isfinite().all()):
-            status = Status.NONFINITE if bad.any() else Status.BLOW_UP
-            raise fail(self, f, bad | ~speed.isfinite() | ~size.isfinite(), s, driver, status)
+        beyond = bad | ~size.isfinite() | ~speed.isfinite()
+        if beyond.any():
+            raise fail(self, f, beyond, t0, driver, Status.NONFINITE if bad.any() else Status.BLOW_UP)
         if self.first_step is not None:
-            return torch.full_like(t, min(self.first_step, span))
+            return torch.full_like(size, min(self.first_step, span))
         h = torch.where((size < 1e-5) | (speed < 1e-5), 1e-6, 0.01 * size / speed).clamp(max=span)
-        there = driver.terms(f, s + way * against(h, driver.clock.ndim), z + way * against(h, z.ndim) * k)[0]
+        there = driver.terms(f, s + way * against(h, ndim), z + way * against(h, z.ndim) * k)[0]
         fastest = torch.maximum(speed, norm((there - k) / scale) / h)
         guess = (0.01 / fastest) ** (1 / self.tableau.order)
         guess = torch.where(fastest <= 1e-15, (h * 1e-3).clamp(min=1e-6), guess)
-        guess = torch.where(fastest.isfinite(), torch.minimum(100 * h, guess), h)
-        return guess.clamp(max=span).to("cpu", torch.float64)
+        return torch.where(fastest.isfinite(), torch.minimum(100 * h, guess), h).clamp(max=span)
 
     @torch.no_grad()
-    def _failure(
-        self,
-        f: Evaluator,
-        z: Tensor,
-        attempt: Try,
-        errors: Tensor,
-        stuck: Tensor,
-        going: Tensor,
-        t: Tensor,
-        h: Tensor,
-        tried: int,
-        driver: Driver,
-    ) -> SolveError:
+    def _failure(self, f: Evaluator, driver: Driver, control: RowControl, z: Tensor, k: Tensor) -> SolveError:
         """Say which rows stopped the solve and why."""
-        rows = stuck if stuck.any() else going
-        k, flat = attempt.k.to("cpu", torch.float64), as_rows(z).to("cpu", torch.float64)
-        growing = ((flat * k).sum(1) * h > 0) & (flat.norm(dim=1) < 1e-6 * t.abs().clamp(min=1e-6) * k.norm(dim=1))
-        blown = rows & (~errors.isfinite() | growing)
-        status = Status.MAX_STEPS if rows is going else Status.STEP_UNDERFLOW
+        rows, status = control.stuck, Status.STEP_UNDERFLOW
+        if not rows.any():
+            rows, status = control.left > 0, Status.MAX_STEPS
+        size, speed = as_rows(z).to("cpu", torch.float64), k.to("cpu", torch.float64)
+        outwards = (size * speed).sum(dim=1) * control.way > 0
+        brief = size.norm(dim=1) < 1e-6 * control.t.abs().clamp(min=1e-6) * speed.norm(dim=1)
+        blown = rows & (~control.finite | outwards & brief)
         if blown.any():
             rows, status = blown, Status.BLOW_UP
-        note = f"after {tried} steps tried, the last of length {h[rows].abs().min().item():.3g}"
-        return fail(self, f, rows, against(t.to(z), driver.clock.ndim), driver, status, note)
+        note = f"after {control.tried} steps tried, the last of length {control.h[rows].min().item():.3g}"
+        return fail(self, f, rows, against(control.t.to(z), driver.clock.ndim), driver, status, note)
 
 
 @dataclass(frozen=True)
 class Rodas5P(Rosenbrock):
     """Steinebach's Rosenbrock method of order 5(4), for stiff fields: L-stable, with a gradient for training.
 
-    Each step takes the Jacobian at its start and one LU decomposition of a (D, D) matrix a row, so it suits states of up to
-    a few hundred coordinates; there are no nonlinear equations and no Newton iteration. A field's closed form
-    `linearize` is used where there is one (see `jacobian`). Every row has its own steps, as if alone: a fast phase of
-    one does not slow the others. So a field that takes the time gets one for each row, which broadcasts against z.
-    Output times are read off a continuous extension of order 4. Step sizes are constants to the gradient.
+    A step takes the field's Jacobian, one LU decomposition of a (D, D) matrix for each row and eight evaluations; no
+    nonlinear equation is solved. So it suits states of up to a few hundred coordinates. A closed form of the Jacobian
+    is used where the field has one (`linearize`, see `jacobian`).
 
-    A state in half precision is solved for in float32. rtol is not taken below four roundings of the dtype that the field is
-    evaluated in.
+    Every row steps as if alone: a fast phase of one does not slow the others down. A field that takes the time gets
+    one for each row, which broadcasts against z. Output times are read off a continuous extension of order 4. Step
+    sizes are constants to the gradient. A state in half precision is solved for in float32, and rtol is not taken below
+    four roundings of the dtype that the field is evaluated in.
 
     Args:
         rtol: relative tolerance of a step's local error.

@@ -14,7 +14,7 @@ class RosenbrockTableau:
     """A Rosenbrock method in the variables u of Hairer and Wanner, Solving ODEs II, IV.7.
 
     With J = df/dz and W = I - gamma h J, stage i solves
-    W u_i = gamma (h f(t + c_i h, z + sum_j a_ij u_j) + sum_j e_ij u_j + d_i h^2 df/dt), and the step is z + sum_i b_i u_i.
+    W u_i = gamma (h f(t + c_i h, z + sum_j a_ij u_j) + sum_j e_ij u_j + d_i h^2 df/dt); the step is z + sum_i b_i u_i.
 
     Attributes:
         gamma: the diagonal of the method; every stage shares the matrix W.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -10,14 +12,15 @@ from torch import Tensor
 __all__ = ["RowControl", "RowStep"]
 
 SAFETY, SHRINK, GROW = 0.9, 0.2, 6.0
+RESOLUTION = 4 * torch.finfo(torch.float64).eps
 
 
 class RowStep(NamedTuple):
-    """One step of every row: `(B,)` starts and lengths; 0 is the length of a row that rests or tries again.
+    """One step of every row.
 
     Attributes:
-        t: the rows' times before the step.
-        h: the rows' lengths, signed.
+        t: `(B,)` the rows' times before the step.
+        h: `(B,)` the rows' lengths, signed; 0 for a row that has arrived or must try again.
         rows: the rows that pass an output time, one entry for each time passed.
         theta: the fraction of its step at which each of these lies.
         order: at the last step, the place among all outputs found of each output in the order of times and rows.
@@ -31,32 +34,64 @@ class RowStep(NamedTuple):
 
 
 class RowControl:
-    """Each row's next step by Gustafsson's predictive control (Hairer and Wanner, Solving ODEs II, IV.8).
+    """Where each row is on its way through ts, and its next step by Gustafsson's predictive control.
 
-    It foresees the error's growth from the last two steps, which spares most of the rejections at the sudden turns of
-    stiff solutions.
+    The control foresees the error's growth from the last two steps, which spares most of the rejections at the sudden
+    turns of stiff solutions. Source: Hairer and Wanner, Solving ODEs II, IV.8.
     """
 
-    def __init__(self, h: Tensor, order: int) -> None:
-        self.next, self.power = h, 1 / order
-        self.refused = torch.zeros_like(h, dtype=torch.bool)
-        self.last_h = self.last_error = torch.full_like(h, torch.nan)  # of the step taken last; there is none yet
+    def __init__(self, ts: Sequence[float], first: Tensor, order: int) -> None:
+        self.end, self.way = ts[-1], math.copysign(1.0, ts[-1] - ts[0])
+        self.outputs = torch.tensor(ts[1:-1], dtype=torch.float64).unsqueeze(1)
+        self.t, self.next, self.power, self.tried = torch.full_like(first, ts[0]), first, 1 / order, 0
+        self.shortest = RESOLUTION * first
+        self.finite = torch.ones_like(first, dtype=torch.bool)
+        self.refused = ~self.finite
+        self.last_h = self.last_error = torch.full_like(first, torch.nan)  # of the step taken last; there is none yet
+        self.places = [torch.empty(0, dtype=torch.long)]  # of the outputs found, in the order of times and rows
 
-    def judge(self, h: Tensor, errors: Tensor) -> Tensor:
-        """Which rows are within their tolerance after steps of length h; `next` is set for all.
+    @property
+    def left(self) -> Tensor:
+        """The time that each row has before it."""
+        return (self.end - self.t) * self.way
+
+    @property
+    def stuck(self) -> Tensor:
+        """Which rows would step by less than their time can resolve."""
+        return (self.left > 0) & (self.next < torch.maximum(self.shortest, RESOLUTION * self.t.abs()))
+
+    def propose(self) -> Tensor:
+        """Each row's next length; one that would leave a sliver is stretched or clipped to end exactly at the end."""
+        self.arriving = self.next * 1.01 >= self.left
+        self.h = torch.where(self.arriving, self.left, self.next)  # 0 for a row that has arrived
+        self.tried += 1
+        return self.h * self.way
+
+    def judge(self, errors: Tensor) -> Tensor:
+        """Which rows are within their tolerance after the proposed step; `next` is set for all.
 
         Where a row is not finite no row is: the others try again, lest zeros times infinities enter their gradients.
         """
-        finite = errors.isfinite()
-        if not finite.all():
-            self.next = torch.where(finite, self.next, SHRINK * h)
-            return torch.zeros_like(finite)
+        self.finite = errors.isfinite()
+        if not self.finite.all():
+            self.next = torch.where(self.finite, self.next, SHRINK * self.h)
+            return torch.zeros_like(self.finite)
         ok, floored = errors <= 1.0, errors.clamp(min=1e-10)
         factor = SAFETY * floored**-self.power
-        foreseen = SAFETY * h / self.last_h * (self.last_error / floored.square()) ** self.power
+        foreseen = SAFETY * self.h / self.last_h * (self.last_error / floored.square()) ** self.power
         factor = torch.where(ok, torch.fmin(factor, foreseen), factor).clamp(SHRINK, GROW)
-        self.next = h * torch.where(ok & self.refused, factor.clamp(max=1.0), factor)
-        self.last_h = torch.where(ok, h, self.last_h)
+        self.next = self.h * torch.where(ok & self.refused, factor.clamp(max=1.0), factor)
+        self.last_h = torch.where(ok, self.h, self.last_h)
         self.last_error = torch.where(ok, errors.clamp(min=1e-2), self.last_error)
         self.refused = ~ok
         return ok
+
+    def advance(self, ok: Tensor) -> RowStep:
+        """Take the proposed step in the rows that are ok."""
+        t, h = self.t, torch.where(ok, self.h * self.way, 0.0)
+        self.t = torch.where(ok & self.arriving, self.end, t + h)
+        passed = ((self.outputs - t) * self.way > 0) & ((self.outputs - self.t) * self.way <= 0)
+        k, rows = passed.nonzero(as_tuple=True)
+        self.places.append(k * len(t) + rows)
+        theta = (self.outputs[k, 0] - t[rows]) / (self.t - t)[rows]
+        return RowStep(t, h, rows, theta, None if (self.left > 0).any() else torch.cat(self.places).argsort())
