@@ -48,28 +48,28 @@ class Rosenbrock(Adaptive):
         first = self._first_steps(f, z0, ts[0], ts[-1], driver, norm, *tolerances)
         control = RowControl(ts, first.to("cpu", torch.float64), self.tableau.order)
         before, stages, rejected = self.start(f, ts[0], z0, driver), stages_like(z0, len(self.tableau.c)), 0
-        while (going := control.left > 0).any():
+        while (going := control.going).any():
             h = control.propose()
             attempt = self._attempt(f, control.t, h, before[0], driver, stages)
             with torch.no_grad():  # the step's one host read
                 errors = norm(self._scaled_error(attempt, before[0], *tolerances)).to("cpu", torch.float64)
             ok = control.judge(errors)
             if (ok & going).any():
+                z = attempt.z
                 if not ok.all():
-                    moved = against(ok.to(z0.device), z0.ndim)
-                    attempt = attempt._replace(z=torch.where(moved, attempt.z, before[0]))
+                    z = torch.where(against(ok.to(z.device), z.ndim), z, before[0])
                 step = control.advance(ok)
-                after, outputs = self._after(attempt, step, before)
+                after, outputs = self._after(z, step, before)
                 yield Taken(step, before, after, outputs, rejected)
                 before, rejected = after, 0
             else:
                 rejected += 1
-            if control.stuck.any() or (control.tried >= self.max_steps and (control.left > 0).any()):
+            if control.stuck.any() or (control.tried >= self.max_steps and control.going.any()):
                 raise self._failure(f, driver, control, before[0], attempt.k)
 
     def again(self, f: Evaluator, step: RowStep, before: State, driver: Driver) -> tuple[State, list[Tensor]]:
         stages = stages_like(before[0], len(self.tableau.c))
-        return self._after(self._attempt(f, step.t, step.h, before[0], driver, stages), step, before)
+        return self._after(self._attempt(f, step.t, step.h, before[0], driver, stages).z, step, before)
 
     def _refuse(self, f: Evaluator) -> None:
         if transformed():
@@ -112,24 +112,16 @@ class Rosenbrock(Adaptive):
         rate = rate.reshape(-1, 1)
         return rate * value, rate.unsqueeze(-1) * J, None if drift is None else rate.square() * drift
 
-    def _after(self, attempt: Try, step: RowStep, before: State) -> tuple[State, list[Tensor]]:
-        """The state after a step with the outputs that it passed; after the last, all outputs in their order."""
-        found, batch = before[1], len(attempt.z)
+    def _after(self, z: Tensor, step: RowStep, before: State) -> tuple[State, list[Tensor]]:
+        """The state after a step with the outputs that it reaches; after the last, all outputs in their order."""
+        found = before[1]
         if len(step.rows):
-            found = torch.cat([found, self._between(attempt, step, before[0])])
+            found = torch.cat([found, z[step.rows.to(z.device)]])
         outputs: list[Tensor] = []
         if step.order is not None:
-            found = found[step.order.to(found.device)]
-            outputs = [*found.view(len(found) // batch, *attempt.z.shape).unbind(0), attempt.z]
-        return (attempt.z, found), outputs
-
-    def _between(self, attempt: Try, step: RowStep, z: Tensor) -> Tensor:
-        """The states of the step's rows at its fractions theta, by the continuous extension."""
-        rows, s = step.rows.to(z.device), against(step.theta.to(z), z.ndim)
-        zero, inner = z.new_zeros(()).expand(z.numel()), torch.zeros_like(s)
-        for weights in reversed(self.tableau.dense):
-            inner = s * inner + attempt.stages.combine(zero, weights, 1.0).view(z.shape)[rows]
-        return (1 - s) * z[rows] + s * (attempt.z[rows] + (1 - s) * inner)
+            found = found[step.order.to(z.device)]
+            outputs = [*found.view(len(found) // len(z), *z.shape).unbind(0), z]
+        return (z, found), outputs
 
     def _scaled_error(self, attempt: Try, z: Tensor, rtol: float, atol: float) -> Tensor:
         """The embedded error, which is the last stage, over atol + rtol max(|z|, |z'|)."""
@@ -164,7 +156,7 @@ class Rosenbrock(Adaptive):
         """Say which rows stopped the solve and why."""
         rows, status = control.stuck, Status.STEP_UNDERFLOW
         if not rows.any():
-            rows, status = control.left > 0, Status.MAX_STEPS
+            rows, status = control.going, Status.MAX_STEPS
         size, speed = as_rows(z).to("cpu", torch.float64), k.to("cpu", torch.float64)
         outwards = (size * speed).sum(dim=1) * control.way > 0
         brief = size.norm(dim=1) < 1e-6 * control.t.abs().clamp(min=1e-6) * speed.norm(dim=1)
@@ -184,9 +176,9 @@ class Rodas5P(Rosenbrock):
     is used where the field has one (`linearize`, see `jacobian`).
 
     Every row steps as if alone: a fast phase of one does not slow the others down. A field that takes the time gets
-    one for each row, which broadcasts against z. Output times are read off a continuous extension of order 4. Step
-    sizes are constants to the gradient. A state in half precision is solved for in float32, and rtol is not taken below
-    four roundings of the dtype that the field is evaluated in.
+    one for each row, which broadcasts against z. A step ends at each output time, where a continuous extension would
+    miss the tolerance on stiff modes. Step sizes are constants to the gradient. A state in half precision is solved for
+    in float32, and rtol is not taken below four roundings of the dtype that the field is evaluated in.
 
     Args:
         rtol: relative tolerance of a step's local error.

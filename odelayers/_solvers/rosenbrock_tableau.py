@@ -23,8 +23,6 @@ class RosenbrockTableau:
         e: the weights of the earlier stages in the equation for u, one row for each stage after the first.
         d: the weights of the field's derivative in time.
         b: the weights of the step; the last stage is also the estimate of the error.
-        dense: weights of k_1, k_2, ... in the continuous extension
-            (1 - s) z + s (z' + (1 - s) (k_1 + s (k_2 + ...))) at the fraction s of a step from z to z'.
         order: the order of the step; that of the embedded method is one less.
     """
 
@@ -34,7 +32,6 @@ class RosenbrockTableau:
     e: tuple[Row, ...]
     d: Row
     b: Row
-    dense: tuple[Row, ...]
     order: int
 
 
@@ -89,37 +86,5 @@ RODAS5P = RosenbrockTableau(
         0.0,
     ),
     b=(*_LAST, 1.0, 1.0, 1.0),
-    dense=(
-        (
-            25.948786856663858,
-            -2.5579724845846235,
-            10.433815404888879,
-            -2.3679251022685204,
-            0.524948541321073,
-            1.1241088310450404,
-            0.4272876194431874,
-            -0.17202221070155493,
-        ),
-        (
-            -9.91568850695171,
-            -0.9689944594115154,
-            3.0438037242978453,
-            -24.495224566215796,
-            20.176138334709044,
-            15.98066361424651,
-            -6.789040303419874,
-            -6.710236069923372,
-        ),
-        (
-            11.419903575922262,
-            2.8879645146136994,
-            72.92137995996029,
-            80.12511834622643,
-            -52.072871366152654,
-            -59.78993625266729,
-            -0.15582684282751913,
-            4.883087185713722,
-        ),
-    ),
     order=5,
 )

@@ -21,15 +21,13 @@ class RowStep(NamedTuple):
     Attributes:
         t: `(B,)` the rows' times before the step.
         h: `(B,)` the rows' lengths, signed; 0 for a row that has arrived or must try again.
-        rows: the rows that pass an output time, one entry for each time passed.
-        theta: the fraction of its step at which each of these lies.
+        rows: the rows that the step brings to an output time before the last.
         order: at the last step, the place among all outputs found of each output in the order of times and rows.
     """
 
     t: Tensor
     h: Tensor
     rows: Tensor
-    theta: Tensor
     order: Tensor | None
 
 
@@ -41,29 +39,30 @@ class RowControl:
     """
 
     def __init__(self, ts: Sequence[float], first: Tensor, order: int) -> None:
-        self.end, self.way = ts[-1], math.copysign(1.0, ts[-1] - ts[0])
-        self.outputs = torch.tensor(ts[1:-1], dtype=torch.float64).unsqueeze(1)
+        self.way, self.ts = math.copysign(1.0, ts[-1] - ts[0]), torch.tensor([*ts, ts[-1]], dtype=torch.float64)
         self.t, self.next, self.power, self.tried = torch.full_like(first, ts[0]), first, 1 / order, 0
+        self.position = torch.ones_like(first, dtype=torch.long)  # in ts, of the output that each row makes for
         self.shortest = RESOLUTION * first
         self.finite = torch.ones_like(first, dtype=torch.bool)
         self.refused = ~self.finite
         self.last_h = self.last_error = torch.full_like(first, torch.nan)  # of the step taken last; there is none yet
-        self.places = [torch.empty(0, dtype=torch.long)]  # of the outputs found, in the order of times and rows
+        self.places: list[Tensor] = []  # of the outputs found, in the order of times and rows
 
     @property
-    def left(self) -> Tensor:
-        """The time that each row has before it."""
-        return (self.end - self.t) * self.way
+    def going(self) -> Tensor:
+        """Which rows have not arrived at the last time."""
+        return self.position < len(self.ts) - 1
 
     @property
     def stuck(self) -> Tensor:
         """Which rows would step by less than their time can resolve."""
-        return (self.left > 0) & (self.next < torch.maximum(self.shortest, RESOLUTION * self.t.abs()))
+        return self.going & (self.next < torch.maximum(self.shortest, RESOLUTION * self.t.abs()))
 
     def propose(self) -> Tensor:
-        """Each row's next length; one that would leave a sliver is stretched or clipped to end exactly at the end."""
-        self.arriving = self.next * 1.01 >= self.left
-        self.h = torch.where(self.arriving, self.left, self.next)  # 0 for a row that has arrived
+        """Each row's next length; one that would leave a sliver before an output time is made to end there."""
+        left = (self.ts[self.position] - self.t) * self.way
+        self.arriving = self.next * 1.01 >= left
+        self.h = torch.where(self.arriving, left, self.next)  # 0 for a row that has arrived
         self.tried += 1
         return self.h * self.way
 
@@ -80,7 +79,9 @@ class RowControl:
         factor = SAFETY * floored**-self.power
         foreseen = SAFETY * self.h / self.last_h * (self.last_error / floored.square()) ** self.power
         factor = torch.where(ok, torch.fmin(factor, foreseen), factor).clamp(SHRINK, GROW)
-        self.next = self.h * torch.where(ok & self.refused, factor.clamp(max=1.0), factor)
+        next_h = self.h * torch.where(ok & self.refused, factor.clamp(max=1.0), factor)
+        # A step cut short by an output time does not make the next one short.
+        self.next = torch.where(ok & self.arriving, torch.maximum(next_h, self.next), next_h)
         self.last_h = torch.where(ok, self.h, self.last_h)
         self.last_error = torch.where(ok, errors.clamp(min=1e-2), self.last_error)
         self.refused = ~ok
@@ -89,9 +90,9 @@ class RowControl:
     def advance(self, ok: Tensor) -> RowStep:
         """Take the proposed step in the rows that are ok."""
         t, h = self.t, torch.where(ok, self.h * self.way, 0.0)
-        self.t = torch.where(ok & self.arriving, self.end, t + h)
-        passed = ((self.outputs - t) * self.way > 0) & ((self.outputs - self.t) * self.way <= 0)
-        k, rows = passed.nonzero(as_tuple=True)
-        self.places.append(k * len(t) + rows)
-        theta = (self.outputs[k, 0] - t[rows]) / (self.t - t)[rows]
-        return RowStep(t, h, rows, theta, None if (self.left > 0).any() else torch.cat(self.places).argsort())
+        arrived = ok & self.arriving & self.going
+        self.t = torch.where(arrived, self.ts[self.position], t + h)
+        rows = (arrived & (self.position < len(self.ts) - 2)).nonzero().flatten()
+        self.places.append((self.position[rows] - 1) * len(t) + rows)
+        self.position = self.position + arrived
+        return RowStep(t, h, rows, None if self.going.any() else torch.cat(self.places).argsort())
