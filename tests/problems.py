@@ -28,7 +28,8 @@ from odelayers import (
 
 FIXED = (Euler, Midpoint, Heun, RK4)
 ADAPTIVE = (Dopri5, Tsit5)
-ODE_SOLVERS = (*(cls(steps=7) for cls in FIXED), *(cls(rtol=1e-6, atol=1e-6) for cls in (*ADAPTIVE, Rodas5P)))
+CONTROLLED = (*ADAPTIVE, Rodas5P)
+ODE_SOLVERS = (*(cls(steps=7) for cls in FIXED), *(cls(rtol=1e-6, atol=1e-6) for cls in CONTROLLED))
 SDE_SOLVERS = (EulerMaruyama(steps=6), Milstein(steps=6), StratonovichHeun(steps=6), ReversibleHeun(steps=6))
 
 
