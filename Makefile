@@ -41,7 +41,7 @@ docs: $(VENV)/.dev
 
 # One table a file, into benchmarks/results/; ARGS="--rounds 3" for a quick look. bars.py reads what the others wrote.
 bench: $(VENV)/.peers
-	for table in forward_backward conv_field fixed_grid sde stiffness_spread growth jacobians memory bars; do \
+	for table in forward_backward conv_field fixed_grid sde stiffness_spread stiff growth jacobians spectra memory bars; do \
 	  $(BIN)/python -u benchmarks/$$table.py $(ARGS) || exit 1; done
 
 # A seeded sample of mutants of the mathematics against the fast tests; resumes, writes benchmarks/results/mutants.*

@@ -15,14 +15,14 @@ from odelayers._gradients import Backprop, Gradient, Implicit
 from odelayers._running import RunningField, RunningRegularizer
 from odelayers._solution import Solution, Stats
 from odelayers._solve import Problem, check_end, check_layers, check_pair, solve
-from odelayers._solvers import AdaptiveRungeKutta, Dopri5, FixedRungeKutta, Programs, Solver, Tsit5
+from odelayers._solvers import AdaptiveRungeKutta, Dopri5, FixedRungeKutta, Programs, Rodas5P, Solver, Tsit5
 from odelayers._times import Equilibrium, Times, end_times, output_times
 
 __all__ = ["Block", "resolve_solver"]
 
 FieldFunction = Callable[..., Tensor]
 ON_FAILURE = ("raise", "isolate")
-_SHORTHAND: dict[str, type[Solver]] = {"dopri5": Dopri5, "tsit5": Tsit5}
+_SHORTHAND: dict[str, type[Solver]] = {"dopri5": Dopri5, "tsit5": Tsit5, "rodas5p": Rodas5P}
 
 
 def resolve_solver(solver: Solver | str, where: str) -> Solver:
@@ -33,8 +33,8 @@ def resolve_solver(solver: Solver | str, where: str) -> Solver:
         raise TypeError(f"{where}: solver: expected a solver such as Dopri5() or RK4(steps=20), got {solver!r}")
     if solver not in _SHORTHAND:
         raise ValueError(
-            f"{where}: solver: expected 'dopri5' or 'tsit5' as shorthand, got {solver!r}; a fixed grid needs its "
-            f"number of steps: RK4(steps=20); torchdiffeq's methods are TorchDiffEq({solver!r})"
+            f"{where}: solver: expected 'dopri5', 'tsit5' or 'rodas5p' as shorthand, got {solver!r}; a fixed grid "
+            f"needs its number of steps: RK4(steps=20); torchdiffeq's methods are TorchDiffEq({solver!r})"
         )
     return _SHORTHAND[solver]()
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from odelayers._checks import finite_number
 from odelayers._evaluator import Evaluator
 
-__all__ = ["Brownian", "Clock", "Diffusion", "Driver", "NoisyClock", "Time", "Uniform"]
+__all__ = ["Brownian", "Clock", "Diffusion", "Driver", "NoisyClock", "Time", "Uniform", "against"]
 
 Time = Tensor | float
 Evaluate = Callable[[Time, Tensor], Tensor]
@@ -52,7 +52,7 @@ class Uniform:
         return self.a + (self.b - self.a) * torch.rand((), generator=generator, device=device).item()
 
 
-def _against(per_row: Tensor, ndim: int) -> Tensor:
+def against(per_row: Tensor, ndim: int) -> Tensor:
     """A 0-d or `(B,)` tensor, shaped to broadcast against a state of `ndim` axes."""
     return per_row if per_row.ndim == 0 else per_row.reshape(-1, *[1] * (ndim - 1))
 
@@ -72,18 +72,18 @@ class Clock:
 
     def time(self, s: Time) -> Time:
         """The field's time at the solver's time s."""
-        return s if self.rate is None else self.start + _against(self.rate, self.ndim) * s
+        return s if self.rate is None else self.start + against(self.rate, self.ndim) * s
 
     def dt(self, h: float) -> Tensor | float:
         """The field's time that passes in a step of length h."""
-        return h if self.rate is None else h * _against(self.rate, self.ndim)
+        return h if self.rate is None else h * against(self.rate, self.ndim)
 
     def root(self, dw: Tensor) -> Tensor:
         """Noise of variance ds as noise of variance dt: times sqrt(rate), whose gradient is 0 where no time passes."""
         if self.rate is None:
             return dw
         passes = self.rate > 0
-        return dw * _against(self.rate.where(passes, 1.0).sqrt() * passes, dw.ndim)
+        return dw * against(self.rate.where(passes, 1.0).sqrt() * passes, dw.ndim)
 
     def with_tensors(self, swap: Swap) -> Clock:
         """The same clock with its tensors swapped for others."""
@@ -99,7 +99,7 @@ class Clock:
         """What this driver needs of the field at (s, z); one evaluation."""
         if self.rate is None:
             return (f(s, z),)
-        return (_against(self.rate, z.ndim) * f(self.time(s), z),)
+        return (against(self.rate, z.ndim) * f(self.time(s), z),)
 
     def advance(self, z: Tensor, terms: Terms, h: float, dw: Any) -> Tensor:
         """Give z plus the increment of one step of length h."""

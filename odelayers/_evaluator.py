@@ -11,14 +11,19 @@ from torch import Tensor
 
 from odelayers._field import Field, tensors
 
-__all__ = ["Evaluator", "OnCall", "traced", "vmapped"]
+__all__ = ["Evaluator", "OnCall", "traced", "transformed", "vmapped"]
 
 OnCall = Callable[[], None]
 
 
+def transformed() -> bool:
+    """Whether a torch.func transform is looking."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
 def traced() -> bool:
     """Whether torch.compile, export or a torch.func transform is looking: then values cannot be read on the host."""
-    return torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None
+    return torch.compiler.is_compiling() or transformed()
 
 
 def vmapped(z: Tensor) -> bool:

@@ -40,8 +40,8 @@ _REMEDY = {
     Status.NONFINITE: "check these rows of the input and the field's parameters",
     Status.BLOW_UP: "use more steps, shorten the time, or bound the field (tanh, a Lyapunov or kinetic regulariser)",
     Status.MAX_STEPS: "raise max_steps, loosen rtol/atol, or shorten the time",
-    Status.STIFF: "use an implicit method (solver=TorchDiffEq('scipy_solver') runs Radau; it goes with "
-    "gradient=Adjoint()), shorten the time, or regularise the field; raising max_steps only takes longer",
+    Status.STIFF: "use a method for stiff fields (solver=Rodas5P()), shorten the time, or regularise the field; "
+    "raising max_steps only takes longer",
     Status.STEP_UNDERFLOW: "the field may be discontinuous or singular there: loosen rtol/atol, or use a fixed grid",
     Status.UNSTABLE: "use gradient=Checkpoint() or Backprop(), which take the solver's own steps; or more steps, a "
     "shorter time, a smaller coupling; max_gap says how far apart they may be",

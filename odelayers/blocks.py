@@ -31,11 +31,11 @@ class ODEBlock(Block):
 
     Args:
         f: the field, a module or function `f(z)` or `f(t, z)`, registered unchanged as `block.f`. Time reaches it as
-            a tensor that broadcasts against z: 0-d, or `(B, 1, ...)` where samples have their own end times.
+            a tensor that broadcasts against z: 0-d, or `(B, 1, ...)` where samples have their own end times or steps.
         t0: start time.
         t1: end time: a float, `Uniform(a, b)`, `Equilibrium(tol, t_max)`, or a 0-d `nn.Parameter` to learn it.
-        solver: a solver, or "dopri5" / "tsit5" as shorthand.
-        gradient: `Backprop()`, `Checkpoint()`, `Adjoint()` or, of an equilibrium, `Implicit()`.
+        solver: a solver, or "dopri5" / "tsit5" / "rodas5p" as shorthand.
+        gradient: `Backprop()`, `Checkpoint()`, `Reversible()`, `Adjoint()` or, of an equilibrium, `Implicit()`.
         time: whether f takes the time, where its signature leaves that open.
         on_failure: "raise", or "isolate" to solve the healthy rows without the failed ones.
         compile: whether torch.compile makes programs of the solve at its first calls, which takes half a minute: a
@@ -72,8 +72,8 @@ class ODEBlock(Block):
         solver = resolve_solver(solver, where)
         if solver.calculus:
             raise ValueError(
-                f"{where}: {solver!r} is a solver for SDEs; for an ODE use Dopri5(), Tsit5(), Euler, Midpoint, Heun "
-                f"or RK4(steps), or TorchDiffEq(method)"
+                f"{where}: {solver!r} is a solver for SDEs; for an ODE use Dopri5(), Tsit5(), Rodas5P(), Euler, "
+                f"Midpoint, Heun or RK4(steps), or TorchDiffEq(method)"
             )
         super().__init__(
             f, t0=t0, t1=t1, solver=solver, gradient=gradient, time=time, on_failure=on_failure, compile=compile

@@ -21,15 +21,17 @@ from odelayers import (
     Midpoint,
     Milstein,
     ReversibleHeun,
+    Rodas5P,
     StratonovichHeun,
     Tsit5,
 )
 
 FIXED = (Euler, Midpoint, Heun, RK4)
 ADAPTIVE = (Dopri5, Tsit5)
+CONTROLLED = (*ADAPTIVE, Rodas5P)
 ODE_SOLVERS = (
     *(cls(steps=7) for cls in FIXED),
-    *(cls(rtol=1e-6, atol=1e-6) for cls in ADAPTIVE),
+    *(cls(rtol=1e-6, atol=1e-6) for cls in CONTROLLED),
     Dopri5(1e-6, 1e-6, batch="independent"),
 )
 SDE_SOLVERS = (EulerMaruyama(steps=6), Milstein(steps=6), StratonovichHeun(steps=6), ReversibleHeun(steps=6))

@@ -19,13 +19,15 @@ from odelayers import (
     JacobianRegularizer,
     KineticRegularizer,
     ODEBlock,
+    Rodas5P,
     Solution,
     Tsit5,
 )
 from strategies import seeds
 
 F64 = torch.float64
-SOLVERS = (RK4(steps=12), Heun(steps=30), Dopri5(1e-9, 1e-9), Tsit5(1e-9, 1e-9), Tsit5(1e-9, 1e-9, batch="independent"))
+OWN = Tsit5(1e-9, 1e-9, batch="independent")
+SOLVERS = (RK4(steps=12), Heun(steps=30), Dopri5(1e-9, 1e-9), Tsit5(1e-9, 1e-9), OWN, Rodas5P(1e-9, 1e-9))
 RUNNING = {"none": [], "kinetic": [KineticRegularizer()], "both": [KineticRegularizer(), JacobianRegularizer()]}
 
 

@@ -73,7 +73,8 @@ def _solver(text: str) -> object:
     """The solver that a cell such as `RK4` or `TorchSDE("euler")` names."""
     if "(" in text:
         return eval(text, vars(odelayers))
-    return getattr(odelayers, text)() if text in ("Dopri5", "Tsit5") else getattr(odelayers, text)(10)
+    kind = getattr(odelayers, text)
+    return kind() if text in ("Dopri5", "Tsit5", "Rodas5P") else kind(10)
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from odelayers import (
     Euler,
     Milstein,
     ODEBlock,
+    Rodas5P,
     SDEBlock,
     SolveError,
     Status,
@@ -74,7 +75,7 @@ def test_a_field_on_another_device_is_named() -> None:
         ODEBlock(broken)(ONES)
 
 
-@pytest.mark.parametrize("solver", [Dopri5(), Tsit5()], ids=name)
+@pytest.mark.parametrize("solver", [Dopri5(), Tsit5(), Rodas5P()], ids=name)
 def test_a_field_that_ends_in_nan_on_the_way_fails_there(solver: Any) -> None:
     """z' = 1 up to z = 0.5 and NaN beyond: steps shrink towards t = 0.5 in that row, and the status is BLOW_UP."""
     z = torch.tensor([[-5.0], [0.0]], dtype=F64)

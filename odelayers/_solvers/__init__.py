@@ -6,6 +6,7 @@ from odelayers._solvers.compiled import Programs
 from odelayers._solvers.fixed import RK4, Euler, FixedGrid, FixedRungeKutta, Heun, Midpoint
 from odelayers._solvers.reference import TorchDiffEq
 from odelayers._solvers.reference_sde import TorchSDE
+from odelayers._solvers.rosenbrock import Rodas5P
 from odelayers._solvers.sde import EulerMaruyama, Milstein, ReversibleHeun, StratonovichHeun
 from odelayers._solvers.settling import Settling
 
@@ -24,6 +25,7 @@ __all__ = [
     "Path",
     "Programs",
     "ReversibleHeun",
+    "Rodas5P",
     "Settling",
     "Solver",
     "StratonovichHeun",

@@ -41,16 +41,13 @@ class Try(NamedTuple):
 
 
 @dataclass(frozen=True)
-class AdaptiveRungeKutta(MarchingSolver):
-    """An embedded pair with first-same-as-last stages under an elementary step size control."""
+class Adaptive(MarchingSolver):
+    """What a solver that controls its error is told."""
 
     rtol: float = 1e-5
     atol: float = 1e-5
     max_steps: int = 10_000
     first_step: float | None = None
-    batch: str = "shared"
-
-    tableau: ClassVar[Tableau]
 
     def __post_init__(self) -> None:
         name = type(self).__name__
@@ -59,7 +56,25 @@ class AdaptiveRungeKutta(MarchingSolver):
         positive_int(self.max_steps, f"{name}: max_steps")
         if self.first_step is not None:
             positive_number(self.first_step, f"{name}: first_step")
-        one_of(self.batch, f"{name}: batch", ("shared", "independent"))
+
+    def tolerances(self, f: Evaluator, z: Tensor) -> tuple[float, float]:
+        """Both tolerances, not below the rounding of the dtype that the field is evaluated in."""
+        precision = f.precision(z)
+        floor = 4 * torch.finfo(precision).eps
+        return max(self.rtol, floor), max(self.atol, floor if precision != z.dtype else 0.0)
+
+
+@dataclass(frozen=True)
+class AdaptiveRungeKutta(Adaptive):
+    """An embedded pair with first-same-as-last stages under an elementary step size control."""
+
+    batch: str = "shared"
+
+    tableau: ClassVar[Tableau]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        one_of(self.batch, f"{type(self).__name__}: batch", ("shared", "independent"))
 
     @property
     def marching(self) -> MarchingSolver:
@@ -142,12 +157,6 @@ class AdaptiveRungeKutta(MarchingSolver):
                 f"{self!r} under torch.func.vmap: step size control reads errors on the host, which vmap forbids; "
                 f"use a fixed grid such as RK4(steps), or hand the rows over as one batch (odelayers.jacobian does)"
             )
-
-    def tolerances(self, f: Evaluator, z: Tensor) -> tuple[float, float]:
-        """Both tolerances, not below the rounding of the dtype that the field is evaluated in."""
-        precision = f.precision(z)
-        floor = 4 * torch.finfo(precision).eps
-        return max(self.rtol, floor), max(self.atol, floor if precision != z.dtype else 0.0)
 
     def _attempt(self, f: Evaluator, t: float, h: float, before: State, driver: Driver, stages: Stages) -> Try:
         at, k = before

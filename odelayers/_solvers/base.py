@@ -51,7 +51,7 @@ class Step(NamedTuple):
 
 
 class Taken(NamedTuple):
-    """A step taken: the states before and after it, its outputs, the tries thrown away before it.
+    """A step taken: what `again` needs of it, the states before and after, its outputs, and the tries before it.
 
     `proposed` is the length that step size control asks of the next one.
     """

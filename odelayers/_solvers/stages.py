@@ -12,7 +12,7 @@ from torch import Tensor
 from odelayers._evaluator import traced
 from odelayers._solvers.tableau import Tableau
 
-__all__ = ["Stages", "stages_like"]
+__all__ = ["Compiled", "Stages", "combined", "stages_like"]
 
 FEW = 4  # stages; their sums are short, and most have one term
 Row = tuple[float, ...]
@@ -74,17 +74,17 @@ class Recorded(Stages):
         return self._stages[i]
 
     def advance(self, i: int, h: float) -> Tensor:
-        return _combined(self._y, self._stages, self.tableau.rows[i - 1], h)
+        return combined(self._y, self._stages, self.tableau.rows[i - 1], h)
 
     def combine(self, row: Row, h: float) -> Tensor:
-        return _combined(self._y, self._stages, row, h)
+        return combined(self._y, self._stages, row, h)
 
     @torch.no_grad()
     def error(self, h: float) -> Tensor:
-        return _combined(torch.zeros_like(self._y), self._stages, self.tableau.error, h)
+        return combined(torch.zeros_like(self._y), self._stages, self.tableau.error, h)
 
 
-def _combined(y: Tensor, stages: list[Tensor], row: Row, h: float) -> Tensor:
+def combined(y: Tensor, stages: list[Tensor], row: Row, h: float) -> Tensor:
     """The state y plus h times the stages that carry weight."""
     used, weights = _sparse(row, y.dtype, y.device)
     if len(used) == 1:
@@ -176,7 +176,7 @@ class Chained(Buffered):
         return super().advance(i, h)
 
     def combine(self, row: Row, h: float) -> Tensor:
-        return _combined(self._states[0], self._stages, row, h)
+        return combined(self._states[0], self._stages, row, h)
 
     @torch.no_grad()
     def error(self, h: float) -> Tensor:
