@@ -233,6 +233,8 @@ def test_a_row_that_blows_up_is_named_and_isolated(solver: Any, gradient: Any) -
     assert solution.stats.settled.tolist() == [True, True, False, True, False]
     assert torch.equal(solution.zs[:, [0, 1, 3]], alone.zs) and torch.equal(solution.ts[:, [0, 1, 3]], alone.ts)
     assert solution.final[[2, 4]].isnan().all() and solution.ts[1, [2, 4]].isnan().all()
+    undefined = ODEBlock(torch.log, time=False, t1=block.t1, solver=solver, gradient=gradient)
+    assert undefined.solve(z[:1] - 1, on_failure="isolate").stats.status.tolist() == [Status.NONFINITE]
     none = block.solve(z[4:], on_failure="isolate")
     assert none.stats.settled.tolist() == [False] and none.zs.isnan().all() and none.ts.shape == (2, 1)
 
