@@ -39,6 +39,7 @@ docs: $(VENV)/.dev
 bench: $(VENV)/.test
 	$(BIN)/python -u benchmarks/forward_backward.py
 	$(BIN)/python -u benchmarks/jacobians.py
+	$(BIN)/python -u benchmarks/spectra.py
 	$(BIN)/python -u benchmarks/memory.py
 
 # A seeded sample of mutants of the mathematics against the fast tests; resumes, writes benchmarks/results/mutants.*

@@ -72,15 +72,15 @@ def arguments(description: str) -> argparse.Namespace:
     return parser.parse_args()
 
 
-def machine() -> dict[str, Any]:
-    """What the numbers depend on: processor, threads, load and versions."""
+def machine(device: str | None = None) -> dict[str, Any]:
+    """What the numbers depend on: device (the processor when not given), threads, load and versions."""
     cpu = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.exists():
         cpu = next((line.split(":")[1].strip() for line in info.read_text().splitlines() if "model name" in line), cpu)
     packages = ("odelayers", "torch", "torchdiffeq", "torchsde")
     return {
-        "device": f"CPU: {cpu}, {os.cpu_count()} cores",
+        "device": device or f"CPU: {cpu}, {os.cpu_count()} cores",
         "threads": torch.get_num_threads(),
         "load": round(os.getloadavg()[0], 2),
         "python": platform.python_version(),
@@ -92,9 +92,9 @@ def _cell(value: float | int | None, style: str) -> str:
     return "-" if value is None else format(value, style)
 
 
-def publish(name: str, title: str, command: str, table: Sequence[Row], out: Path) -> None:
+def publish(name: str, title: str, command: str, table: Sequence[Row], out: Path, *, device: str | None = None) -> None:
     """Print the table and write it as Markdown and JSON."""
-    about = machine()
+    about = machine(device)
     versions = ", ".join(f"{package} {number}" for package, number in about["versions"].items())
     lines = [
         f"# {title}",
