@@ -17,7 +17,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torchdiffeq
-from harness import Row, arguments, evaluations, interleaved, publish, rows
+from harness import Row, arguments, interleaved, parser, publish, rows
+from peers import evaluations
 from scipy.integrate import solve_ivp
 from torch import Tensor, nn
 
@@ -157,11 +158,11 @@ def cases() -> list[Case]:
 
 
 def main() -> None:
-    args = arguments(__doc__ or "", rounds=3)
-    torch.set_num_threads(1)
+    options = parser(__doc__ or "", rounds=3)
+    options.set_defaults(device="cpu")  # scipy's place
+    args = arguments(options)
     table = [row for case in cases() for row in case.rows(args.rounds)]
-    title = f"Stiff solves: Robertson and van der Pol (mu = 1000), batch {BATCH}, float64"
-    publish("stiff", title, f"python benchmarks/stiff.py --rounds {args.rounds}", table, args.out)
+    publish("stiff", f"Stiff solves: Robertson and van der Pol (mu = 1000), batch {BATCH}, float64", table, args)
 
 
 if __name__ == "__main__":

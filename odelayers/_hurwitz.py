@@ -22,8 +22,8 @@ def is_hurwitz(J: Tensor, margin: float = 0.0) -> Tensor:
     Then z' = Jz tends to 0 from every start, in the end faster than e^(-margin t). Each matrix takes the first of these
     that decides it:
 
-    1. Gershgorin's discs, over rows and over columns, all lie left of -margin: yes.
-    2. the mean of the eigenvalues, trace / n, does not: no.
+    1. the mean of the eigenvalues, trace / n, does not lie left of -margin: no.
+    2. Gershgorin's discs, over rows or over columns, all do: yes.
     3. -(J + J') / 2 - margin I has a Cholesky factor, so that the Euclidean log norm is below -margin: yes.
     4. on other devices than the CPU, where LAPACK takes one matrix at a time: log(|tr e^{tJ}| / n) / t and
        log |e^{tJ}| / t, between which the abscissa lies, by repeated squaring; yes or no.
@@ -58,7 +58,7 @@ def is_hurwitz(J: Tensor, margin: float = 0.0) -> Tensor:
     limit = -margin / scale[:, 0, 0] - A.shape[-1] * _EPS * torch.linalg.matrix_norm(A)
     answer, rows = torch.zeros(len(A), dtype=torch.bool, device=A.device), torch.arange(len(A), device=A.device)
     squaring = (_by_squaring,) if _takes_one_at_a_time(A.device) else ()
-    for decide in (_by_discs, _by_trace, _by_log_norm, *squaring, _by_eigenvalues):
+    for decide in (_by_trace, _by_discs, _by_log_norm, *squaring, _by_eigenvalues):
         if len(rows) == 0:
             break
         yes, no = decide(A, limit)
@@ -76,6 +76,11 @@ def _takes_one_at_a_time(device: torch.device) -> bool:
 # Each gives what it proves: the abscissa lies below the limit, or does not.
 
 
+def _by_trace(A: Tensor, limit: Tensor) -> tuple[Tensor, Tensor]:
+    no = A.diagonal(dim1=-2, dim2=-1).real.mean(-1) >= limit
+    return torch.zeros_like(no), no
+
+
 def _by_discs(A: Tensor, limit: Tensor) -> tuple[Tensor, Tensor]:
     bounds = []
     for axis in ("row", "column"):
@@ -83,11 +88,6 @@ def _by_discs(A: Tensor, limit: Tensor) -> tuple[Tensor, Tensor]:
         bounds.append((centres.real + radii).amax(-1))
     yes = torch.minimum(*bounds) < limit
     return yes, torch.zeros_like(yes)
-
-
-def _by_trace(A: Tensor, limit: Tensor) -> tuple[Tensor, Tensor]:
-    no = A.diagonal(dim1=-2, dim2=-1).real.mean(-1) >= limit
-    return torch.zeros_like(no), no
 
 
 def _by_log_norm(A: Tensor, limit: Tensor) -> tuple[Tensor, Tensor]:

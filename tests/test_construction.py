@@ -87,7 +87,11 @@ def test_a_field_of_unclear_signature_is_refused_at_construction(f: Any, words: 
         (lambda: Uniform(2.0, 1.0), ValueError, "expected a < b, got a=2.0, b=1.0"),
         (lambda: ODEBlock(torch.sin, time=False, solver="rk4"), ValueError, r"got 'rk4'.*RK4\(steps=20\)"),
         (lambda: ODEBlock(torch.sin, time=False, solver=RK4), TypeError, "expected a solver such as"),
-        (lambda: ODEBlock(torch.sin, time=False, gradient="adjoint"), TypeError, r"expected Backprop\(\) or Checkpoint"),
+        (
+            lambda: ODEBlock(torch.sin, time=False, gradient="adjoint"),
+            TypeError,
+            r"expected Backprop\(\) or Checkpoint",
+        ),
         (lambda: ODEBlock(torch.sin, time=False, rtol=1e-3), TypeError, "unexpected keyword argument 'rtol'"),
         (lambda: ODEBlock(torch.sin, time=False, on_failure="skip"), ValueError, "expected one of 'raise', 'isolate'"),
         (lambda: DropoutSDEBlock(torch.sin, 1.0, time=False), ValueError, r"drop probability in \[0, 1\), got 1.0"),

@@ -191,6 +191,10 @@ def test_fields_that_ignore_z_and_empty_batches() -> None:
     assert [tuple(x.shape) for x in rightmost_eigenvalues(ConvField(4), torch.zeros(0, 4, 2, 2), k=2)] == [(0, 2)] * 3
     assert [tuple(x.shape) for x in euclidean_log_norm(ConvField(4), torch.zeros(0, 4, 2, 2))] == [(0,)] * 3
     assert isinstance(rightmost_eigenvalues(lambda z: -2 * z, torch.ones(3)), RitzValues)
+    with torch.inference_mode():
+        assert rightmost_eigenvalues(
+            lambda z: -(z**3), torch.ones(2, 3)
+        ).values.real.flatten().tolist() == pytest.approx([-3.0] * 2)
     assert euclidean_log_norm(lambda z: -2 * z, torch.ones(3)).values.tolist() == pytest.approx([-2.0] * 3)
 
 
