@@ -66,7 +66,7 @@ def case(f: Sine, z: Tensor, rounds: int) -> list[Row]:
     precise = odeint(exact_f, T1, 1e-12)
     solves = blocks(f) | adaptive(f, T1, TOL)
     jax_forward, jax_training = diffrax_rows(f, z) if "diffrax" not in missing() else ({}, {})
-    once = ("Checkpoint", "Adjoint", "odeint_adjoint")  # forward these solve as others do
+    once = ("Checkpoint", "Reversible", "Adjoint", "odeint_adjoint")  # forward these solve as others do
     ahead = {name: forward(f, z, solve) for name, solve in solves.items() if not name.endswith(once)}
     ahead |= {name: run for name, run in jax_forward.items() if not name.endswith("BacksolveAdjoint")}
     both = {name: training(f, z, solve) for name, solve in solves.items()} | jax_training
