@@ -52,11 +52,8 @@ def main() -> None:
     precise = odeint(exact_f, T1, 1e-12)
     solves = blocks(f) | rk4(f, T1, STEPS)
     jax_forward, jax_training = diffrax_row(f, z) if "diffrax" not in missing() else ({}, {})
-    ahead = {
-        name: forward(f, z, s)
-        for name, s in solves.items()
-        if not name.endswith(("Checkpoint", "Reversible", "Adjoint"))
-    }
+    once = ("Checkpoint", "Reversible", "Adjoint")  # forward these solve as Backprop does
+    ahead = {name: forward(f, z, s) for name, s in solves.items() if not name.endswith(once)}
     ahead |= jax_forward
     both = {name: training(f, z, s) for name, s in solves.items()} | jax_training
     ahead["bare field"], both["bare field"] = bare(forward, f, z, 4 * STEPS), bare(training, f, z, 4 * STEPS)

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 RESULTS = Path(__file__).parent / "results"
+WARM_UP, BUDGET = 2, 15.0  # turns before those that count; seconds after which a run sits out the other turns
 PEERS = ("torchdiffeq", "torchsde", "torchode", "torchdyn", "diffrax")
 
 
@@ -55,14 +56,20 @@ def interleaved(runs: dict[str, Callable[[], Any]], rounds: int) -> dict[str, li
     gpu = torch.cuda.is_initialized()
     now, finish = (time.perf_counter, torch.cuda.synchronize) if gpu else (time.process_time, lambda: None)
     times: dict[str, list[float]] = {name: [] for name in runs}
-    for turn in range(rounds + 2):  # two turns to warm up
+    spent = dict.fromkeys(runs, 0.0)
+    for turn in range(WARM_UP + rounds):
+        warm = turn >= WARM_UP
         for name, run in runs.items():
+            if spent[name] > BUDGET and (times[name] or not warm):
+                continue  # it takes seconds: fewer turns, but one at least
             finish()
             start = now()
             run()
             finish()
-            if turn >= 2:
-                times[name].append((now() - start) * 1e3)
+            took = now() - start
+            spent[name] += took
+            if warm:
+                times[name].append(took * 1e3)
     return times
 
 
@@ -93,7 +100,7 @@ def rows(case: str, times: dict[str, list[float]], nfe: dict[str, float | None],
     """The lines of one case: median times, and medians of the ratios to its first run within each turn."""
     base, table = next(iter(times.values())), []
     for name, turns in times.items():
-        ratio = statistics.median(ms / first for ms, first in zip(turns, base, strict=True))
+        ratio = statistics.median(ms / first for ms, first in zip(turns, base, strict=False))
         table.append(Row(case, name, statistics.median(turns), ratio, nfe.get(name), error.get(name)))
     return table
 
