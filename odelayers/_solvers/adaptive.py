@@ -211,9 +211,9 @@ class AdaptiveRungeKutta(MarchingSolver):
 class Dopri5(AdaptiveRungeKutta):
     """Dormand and Prince's method of order 5(4) with adaptive steps: the default.
 
-    The error norm is taken per sample and by default the worst sample decides, so every sample meets the tolerance it would meet
-    alone. Output times are read off a continuous extension of order 4. Step sizes are constants to the gradient.
-    rtol is not taken below four roundings of the dtype that the field is evaluated in.
+    The error norm is taken per sample and by default the worst sample decides, so every sample meets the tolerance it
+    would meet alone. Output times are read off a continuous extension of order 4. Step sizes are constants to the
+    gradient. rtol is not taken below four roundings of the dtype that the field is evaluated in.
 
     Args:
         rtol: relative tolerance of a step's local error.
