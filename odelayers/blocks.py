@@ -31,7 +31,8 @@ class ODEBlock(Block):
 
     Args:
         f: the field, a module or function `f(z)` or `f(t, z)`, registered unchanged as `block.f`. Time reaches it as
-            a tensor that broadcasts against z: 0-d, or `(B, 1, ...)` where samples have their own end times.
+            a tensor that broadcasts against z: 0-d, or `(B, 1, ...)` where samples have their own end times
+            or steps.
         t0: start time.
         t1: end time: a float, `Uniform(a, b)`, or a 0-d `nn.Parameter` to learn it.
         solver: a solver, or "dopri5" / "tsit5" as shorthand.
