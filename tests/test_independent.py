@@ -154,32 +154,32 @@ def test_a_hard_row_among_easy_ones_costs_only_itself() -> None:
 
 
 class Cliff(nn.Module):
-    """z' = -sqrt(z) w: NaN, in value and slope, for steps that reach below zero."""
+    """z' = -w c sqrt(z), c one a row: NaN, in value and slope, where a step reaches below zero."""
 
     def __init__(self) -> None:
         super().__init__()
         self.w = nn.Parameter(torch.tensor(1.0, dtype=F64))
-        self.nonfinite = 0
+        self.nan: list[list[int]] = []
 
-    def forward(self, z: Tensor) -> Tensor:
-        rate = -self.w * torch.sqrt(z)
-        self.nonfinite += not bool(rate.isfinite().all())
+    def forward(self, z: Tensor, c: Tensor) -> Tensor:
+        rate = -self.w * c * torch.sqrt(z)
+        self.nan.append(rate.isnan()[:, 0].nonzero().flatten().tolist())
         return rate
 
 
 @pytest.mark.parametrize("gradient", [Backprop(), Checkpoint()], ids=name)
 def test_a_rejected_try_that_is_nan_leaves_the_gradient_alone(gradient: Any) -> None:
-    """sqrt(z(t)) = sqrt(z0) - w t / 2; the first try of one row falls below zero, that of its mates is taken."""
-    z = torch.tensor([[4.0], [1.0], [9.0]], dtype=F64, requires_grad=True)
-    f, t1 = Cliff(), 1.9
-    block = ODEBlock(f, t1=t1, solver=Dopri5(1e-9, 1e-9, batch="independent", first_step=1.85), gradient=gradient)
-    solution = block.solve(z)
-    assert f.nonfinite > 0 and solution.stats.rejected > 0  # else nothing is shown
+    """sqrt(z(t)) = sqrt(z0) - w c t / 2; the first try of one row falls below zero, its mates' is taken at once."""
+    z = torch.tensor([[1.0], [0.3], [2.0]], dtype=F64, requires_grad=True)
+    f, c = Cliff(), torch.tensor([[1e-3], [1.0], [1e-3]], dtype=F64)
+    solver = Dopri5(1e-9, 1e-9, batch="independent", first_step=1.0)
+    solution = ODEBlock(f, solver=solver, gradient=gradient, time=False).solve(z, context=c)
+    assert [1] in f.nan and solution.stats.steps.tolist()[::2] == [1, 1]  # else nothing is shown
     found = torch.autograd.grad(solution.final.sum(), [z, f.w])
-    root = z.detach().sqrt() - t1 / 2
+    root = z.detach().sqrt() - c / 2
     assert (solution.final - root**2).abs().max() < 1e-6
     assert (found[0] - root / z.detach().sqrt()).abs().max() < 1e-5
-    assert abs(found[1].item() + (root * t1).sum().item()) < 1e-5
+    assert abs(found[1].item() + (root * c).sum().item()) < 1e-5
 
 
 @pytest.mark.parametrize("gradient", [Backprop(), Checkpoint()], ids=name)
