@@ -93,14 +93,14 @@ def test_the_compiled_gradient_passes_gradcheck(solver: Any) -> None:
 
 @compiled
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("t1", [6.0, -1.5])
-def test_inference_as_one_loop_takes_the_eager_steps(t1: float) -> None:
-    """Forwards and backwards, with steps rejected: the same state, evaluations and steps as the march."""
+@pytest.mark.parametrize("t1", [6.0, -1.5, torch.tensor([6.0, 1.0, 5.0, 0.0, -1.0], dtype=F64)], ids=str)
+def test_inference_as_one_loop_takes_the_eager_steps(t1: float | Tensor) -> None:
+    """Forwards, backwards and to a time of each sample's own, with steps rejected: states and counts of the march."""
     f, z = MLP(3, (8,)).double(), 3 * torch.randn(5, 3, dtype=F64)
     found = []
-    for block in pair(f, t1=t1, solver=Dopri5(1e-8, 1e-8, first_step=1.0)):
+    for block in pair(f, solver=Dopri5(1e-8, 1e-8, first_step=1.0)):
         with torch.no_grad(), count_nfe(block) as count:
-            found.append(block.solve(z))
+            found.append(block.solve(z, t1=t1))
         assert count.nfe == found[-1].stats.nfe
     ours, eager = (s.stats for s in found)
     assert (ours.nfe, ours.accepted, ours.rejected) == (eager.nfe, eager.accepted, eager.rejected)
