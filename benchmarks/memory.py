@@ -1,4 +1,4 @@
-"""Peak memory of one forward and backward solve, by gradient: T = 5 beside T = 80 at the same fixed step.
+"""Peak memory of one forward and backward solve, by solver and gradient: T = 5 beside T = 80 at the same fixed step.
 
 Each run has a process of its own. After one short solve to load what is loaded once, the kernel's high-water mark is
 reset; what is told is its height after the solve less the resident set before it. Linux only.
@@ -13,15 +13,28 @@ import statistics
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from harness import RESULTS, machine
 
-from odelayers import RK4, Adjoint, Backprop, Checkpoint, ConvField, ODEBlock
+from odelayers import (
+    RK4,
+    Adjoint,
+    Backprop,
+    Checkpoint,
+    ConvField,
+    DropoutSDEBlock,
+    ODEBlock,
+    Reversible,
+    ReversibleHeun,
+)
 
 BATCH, SHAPE, STEP = 64, (16, 7, 7), 0.5
 TIMES = (5.0, 80.0)
-GRADIENTS = {"Backprop": Backprop(), "Checkpoint": Checkpoint(), "Adjoint": Adjoint()}
+GRADIENTS = {g.__name__: g() for g in (Backprop, Checkpoint, Reversible, Adjoint)}
+CASES = [("RK4", name) for name in GRADIENTS]
+CASES += [("ReversibleHeun", name) for name in ("Backprop", "Checkpoint", "Reversible")]
 MIB = 2**20
 
 
@@ -31,32 +44,37 @@ def status(key: str) -> int:
     return int(line.split()[1]) * 1024
 
 
-def solve(name: str, t1: float) -> None:
+def solve(solver: str, name: str, t1: float) -> None:
     """Forward and backward through one block."""
     torch.manual_seed(0)
     f, z = ConvField(SHAPE[0]), torch.randn(BATCH, *SHAPE, requires_grad=True)
     with torch.no_grad():
         for p in f.parameters():  # a field that neither grows nor contracts much over the longest time
             p.mul_(0.05)
-    block = ODEBlock(f, t1=t1, solver=RK4(steps=round(t1 / STEP)), gradient=GRADIENTS[name])
+    steps, gradient = round(t1 / STEP), GRADIENTS[name]
+    block: torch.nn.Module = (
+        ODEBlock(f, t1=t1, solver=RK4(steps), gradient=gradient)
+        if solver == "RK4"
+        else DropoutSDEBlock(f, t1=t1, solver=ReversibleHeun(steps), calculus="stratonovich", gradient=gradient)
+    )
     block(z).square().mean().backward()
 
 
-def child(name: str, t1: float) -> None:
+def child(solver: str, name: str, t1: float) -> None:
     """Print what one solve adds to the resident set at its height, in bytes."""
     torch.set_num_threads(1)
-    solve(name, STEP)
+    solve(solver, name, STEP)
     before = status("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the high-water mark falls to the resident set
-    solve(name, t1)
+    solve(solver, name, t1)
     print(status("VmHWM") - before)
 
 
-def measure(name: str, t1: float, rounds: int) -> float:
+def measure(solver: str, name: str, t1: float, rounds: int) -> float:
     """The median over processes, in MiB."""
     # Blocks of 64 KiB and more go back to the kernel when freed, so that the height is that of live memory.
     env = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
-    run = [sys.executable, __file__, "--child", name, str(t1)]
+    run = [sys.executable, __file__, "--child", solver, name, str(t1)]
     found = [
         int(subprocess.run(run, env=env, check=True, capture_output=True, text=True).stdout) for _ in range(rounds)
     ]
@@ -69,24 +87,29 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the table and the JSON")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    rows = [{"gradient": name, **{f"T={t:g}": measure(name, t, args.rounds) for t in TIMES}} for name in GRADIENTS]
+    rows: list[dict[str, Any]] = [
+        {"solver": solver, "gradient": name, **{f"T={t:g}": measure(solver, name, t, args.rounds) for t in TIMES}}
+        for solver, name in CASES
+    ]
     short, long = (f"T={t:g}" for t in TIMES)
     steps = " and ".join(f"{t / STEP:g}" for t in TIMES)
     command = f"python benchmarks/memory.py --rounds {args.rounds}"
     about = machine()
     lines = [
-        f"# Peak memory of forward+backward: ConvField, batch {BATCH} of {SHAPE}, RK4 with step {STEP} ({steps} steps)",
+        f"# Peak memory of forward+backward: ConvField, batch {BATCH} of {SHAPE}, steps of {STEP} ({steps} of them)",
         "",
         f"Command: `{command}`. Peak resident set less the one before the solve; float32; "
         f"the median of {args.rounds} processes each. {about['device']}; Python {about['python']}, "
         f"torch {about['versions']['torch']}.",
         "",
-        f"| gradient | {short}, MiB | {long}, MiB | growth |",
-        "| --- | ---: | ---: | ---: |",
+        f"| solver | gradient | {short}, MiB | {long}, MiB | growth |",
+        "| --- | --- | ---: | ---: | ---: |",
     ]
     for row in rows:
         row["growth"] = row[long] / row[short]
-        lines.append(f"| {row['gradient']} | {row[short]:.1f} | {row[long]:.1f} | {row['growth']:.1f}x |")
+        lines.append(
+            f"| {row['solver']} | {row['gradient']} | {row[short]:.1f} | {row[long]:.1f} | {row['growth']:.2f}x |"
+        )
     text = "\n".join(lines) + "\n"
     print(text)
     args.out.mkdir(parents=True, exist_ok=True)
@@ -97,6 +120,6 @@ def main() -> None:
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--child"]:
-        child(sys.argv[2], float(sys.argv[3]))
+        child(sys.argv[2], sys.argv[3], float(sys.argv[4]))
     else:
         main()

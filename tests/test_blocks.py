@@ -78,7 +78,7 @@ def test_a_block_registers_the_field_unchanged() -> None:
 def test_the_repr_is_the_record_of_the_experiment() -> None:
     """Solver, gradient, times and noise can be read off."""
     assert repr(ODEBlock(torch.sin, time=False, t1=2.0, solver=RK4(steps=8), gradient=Checkpoint())) == (
-        "ODEBlock(f=sin, t0=0.0, t1=2.0, solver=RK4(steps=8), gradient=Checkpoint())"
+        "ODEBlock(f=sin, t0=0.0, t1=2.0, solver=RK4(steps=8), gradient=Checkpoint(segments=None))"
     )
     text = repr(DropoutSDEBlock(nn.Linear(2, 2), 0.25, t1=Uniform(1, 2), layer_time=0.5, noise_in_eval=True))
     for part in ("p=0.25", "t1=Uniform(a=1, b=2)", "EulerMaruyama(steps=20)", "layer_time=0.5", "noise_in_eval=True"):

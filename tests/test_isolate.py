@@ -22,6 +22,7 @@ from odelayers import (
     KineticRegularizer,
     Milstein,
     ODEBlock,
+    Reversible,
     SDEBlock,
     SolveError,
     Status,
@@ -54,7 +55,7 @@ def spoiled(dim: int = 2, seed: int = 0) -> tuple[Tensor, Tensor]:
     return z, healthy
 
 
-@pytest.mark.parametrize("gradient", [Backprop(), Checkpoint(), Adjoint()], ids=name)
+@pytest.mark.parametrize("gradient", [Backprop(), Checkpoint(), Reversible(), Adjoint()], ids=name)
 @pytest.mark.parametrize("solver", [Dopri5(), Tsit5(), RK4(steps=50)], ids=name)
 def test_healthy_rows_equal_a_run_without_the_failed_ones(solver: Any, gradient: Any) -> None:
     """States and gradients of the healthy rows are equal bit for bit; failed rows are NaN and get no gradient."""
@@ -91,7 +92,7 @@ def test_parameters_get_the_gradient_of_the_healthy_rows_alone() -> None:
     net = TanhNet(2)
     z, healthy = spoiled()
     z[z.abs() > 1] = float("nan")
-    for gradient in (Backprop(), Checkpoint(), Adjoint()):
+    for gradient in (Backprop(), Checkpoint(), Reversible(), Adjoint()):
         block = ODEBlock(net, gradient=gradient)
         losses = block.solve(z, on_failure="isolate").final[healthy].sum(), block(z[healthy]).sum()
         found, wanted = (torch.autograd.grad(loss, list(net.parameters())) for loss in losses)

@@ -20,6 +20,7 @@ from odelayers import (
     Midpoint,
     Milstein,
     ODEBlock,
+    Reversible,
     ReversibleHeun,
     SDEBlock,
     SolveError,
@@ -34,7 +35,7 @@ from problems import name
 VALUES = (Dopri5(), Tsit5(), Euler(2), Midpoint(2), Heun(2), RK4(2), TorchDiffEq("rk4"), Backprop(), Adjoint())
 
 
-@pytest.mark.parametrize("value", (*VALUES, Checkpoint(), TorchSDE("euler", steps=2)), ids=name)
+@pytest.mark.parametrize("value", (*VALUES, Checkpoint(), Reversible(), TorchSDE("euler", steps=2)), ids=name)
 def test_a_solver_or_gradient_is_a_value(value: Any) -> None:
     """Equal by its fields, hashable, and never changed in place: one may be shared by many blocks."""
     twin = dataclasses.replace(value)

@@ -16,7 +16,7 @@ from odelayers._evaluator import Evaluator
 from odelayers._field import as_rows
 from odelayers._solution import SolveError, Status
 
-__all__ = ["Invertible", "MarchingSolver", "Norm", "Path", "Solver", "Step", "Taken", "fail", "leaf", "row_rms"]
+__all__ = ["Invertible", "MarchingSolver", "Norm", "Path", "Solver", "Step", "Taken", "Undo", "fail", "leaf", "row_rms"]
 
 State = tuple[Tensor, ...]
 Norm = Callable[[Tensor], Tensor]
@@ -106,6 +106,10 @@ def leaf(x: Tensor) -> Tensor:
     return x.detach().requires_grad_()
 
 
+# Undoes a part of a step: from the state after it the one before, as leaves, and what the part makes of them.
+Undo = Callable[[State], tuple[State, State]]
+
+
 class Invertible(Protocol):
     """A march whose steps can be undone.
 
@@ -115,8 +119,8 @@ class Invertible(Protocol):
 
     def start(self, f: Evaluator, t0: float, z0: Tensor, driver: Driver) -> State: ...
     def march(self, f: Evaluator, z0: Tensor, ts: Sequence[float], driver: Driver, norm: Norm) -> Iterator[Taken]: ...
-    def undo(self, f: Evaluator, step: Step, after: State, driver: Driver) -> Iterator[tuple[State, State]]:
-        """Undo a step in one part or more, the last first: the leaves before each part, and what it makes of them."""
+    def undo(self, f: Evaluator, step: Step, driver: Driver) -> Sequence[Undo]:
+        """The parts of a step, the last first."""
 
 
 def fail(
