@@ -1,4 +1,4 @@
-"""Peak memory of one forward and backward solve, by gradient: T = 5 beside T = 80 at the same fixed step.
+"""Peak memory of one forward and backward solve, by solver and gradient: T = 5 beside T = 80 at the same fixed step.
 
 Each run has a process of its own. After one short solve to load what is loaded once, the kernel's high-water mark is
 reset; what is told is its height after the solve less the resident set before it (Linux only). On a GPU it is the same
@@ -17,11 +17,23 @@ from typing import Any
 import torch
 from harness import machine, parser, stem, write
 
-from odelayers import RK4, Adjoint, Backprop, Checkpoint, ConvField, ODEBlock
+from odelayers import (
+    RK4,
+    Adjoint,
+    Backprop,
+    Checkpoint,
+    ConvField,
+    DropoutSDEBlock,
+    ODEBlock,
+    Reversible,
+    ReversibleHeun,
+)
 
 BATCH, SHAPE, STEP = 64, (16, 7, 7), 0.5
 TIMES = (5.0, 80.0)
-GRADIENTS = {"Backprop": Backprop(), "Checkpoint": Checkpoint(), "Adjoint": Adjoint()}
+GRADIENTS = {g.__name__: g() for g in (Backprop, Checkpoint, Reversible, Adjoint)}
+CASES = [("RK4", name) for name in GRADIENTS]
+CASES += [("ReversibleHeun", name) for name in ("Backprop", "Checkpoint", "Reversible")]
 MIB = 2**20
 
 
@@ -31,38 +43,43 @@ def status(key: str) -> int:
     return int(line.split()[1]) * 1024
 
 
-def solve(name: str, t1: float, device: str) -> None:
+def solve(solver: str, name: str, t1: float, device: str) -> None:
     """Forward and backward through one block."""
     torch.manual_seed(0)
     f, z = ConvField(SHAPE[0]).to(device), torch.randn(BATCH, *SHAPE).to(device).requires_grad_()
     with torch.no_grad():
         for p in f.parameters():  # a field that neither grows nor contracts much over the longest time
             p.mul_(0.05)
-    block = ODEBlock(f, t1=t1, solver=RK4(steps=round(t1 / STEP)), gradient=GRADIENTS[name])
+    steps, gradient = round(t1 / STEP), GRADIENTS[name]
+    block: torch.nn.Module = (
+        ODEBlock(f, t1=t1, solver=RK4(steps), gradient=gradient)
+        if solver == "RK4"
+        else DropoutSDEBlock(f, t1=t1, solver=ReversibleHeun(steps), calculus="stratonovich", gradient=gradient)
+    )
     block(z).square().mean().backward()
 
 
-def child(name: str, t1: float, device: str) -> None:
+def child(solver: str, name: str, t1: float, device: str) -> None:
     """Print what one solve adds to the memory in use at its height, in bytes."""
     torch.set_num_threads(1)
-    solve(name, STEP, device)
+    solve(solver, name, STEP, device)
     if device == "cpu":
         before = status("VmRSS")
         Path("/proc/self/clear_refs").write_text("5")  # the high-water mark falls to the resident set
-        solve(name, t1, device)
+        solve(solver, name, t1, device)
         print(status("VmHWM") - before)
     else:
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        solve(name, t1, device)
+        solve(solver, name, t1, device)
         print(torch.cuda.max_memory_allocated() - before)
 
 
-def measure(name: str, t1: float, rounds: int, device: str) -> float:
+def measure(solver: str, name: str, t1: float, rounds: int, device: str) -> float:
     """The median over processes, in MiB."""
     # Blocks of 64 KiB and more go back to the kernel when freed, so that the height is that of live memory.
     env = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
-    run = [sys.executable, __file__, "--child", name, str(t1), device]
+    run = [sys.executable, __file__, "--child", solver, name, str(t1), device]
     found = [
         int(subprocess.run(run, env=env, check=True, capture_output=True, text=True).stdout) for _ in range(rounds)
     ]
@@ -73,32 +90,38 @@ def main() -> None:
     args = parser(__doc__ or "", rounds=3).parse_args()
     torch.set_num_threads(1)
     rows: list[dict[str, Any]] = [
-        {"gradient": name, **{f"T={t:g}": measure(name, t, args.rounds, args.device) for t in TIMES}}
-        for name in GRADIENTS
+        {
+            "solver": solver,
+            "gradient": name,
+            **{f"T={t:g}": measure(solver, name, t, args.rounds, args.device) for t in TIMES},
+        }
+        for solver, name in CASES
     ]
     short, long = (f"T={t:g}" for t in TIMES)
     steps = " and ".join(f"{t / STEP:g}" for t in TIMES)
     command = f"python benchmarks/memory.py --rounds {args.rounds}"
     about = machine(args.device)
     lines = [
-        f"# Peak memory of forward+backward: ConvField, batch {BATCH} of {SHAPE}, RK4 with step {STEP} ({steps} steps)",
+        f"# Peak memory of forward+backward: ConvField, batch {BATCH} of {SHAPE}, steps of {STEP} ({steps} of them)",
         "",
         f"Command: `{command}`. Peak memory in use less that before the solve; float32; "
         f"the median of {args.rounds} processes each. {about['device']}; Python {about['python']}, "
         f"torch {about['versions']['torch']}.",
         "",
-        f"| gradient | {short}, MiB | {long}, MiB | growth |",
-        "| --- | ---: | ---: | ---: |",
+        f"| solver | gradient | {short}, MiB | {long}, MiB | growth |",
+        "| --- | --- | ---: | ---: | ---: |",
     ]
     for row in rows:
         row["growth"] = row[long] / row[short]
-        lines.append(f"| {row['gradient']} | {row[short]:.1f} | {row[long]:.1f} | {row['growth']:.1f}x |")
+        lines.append(
+            f"| {row['solver']} | {row['gradient']} | {row[short]:.1f} | {row[long]:.1f} | {row['growth']:.2f}x |"
+        )
     record = {"title": lines[0][2:], "command": command, "machine": about, "unit": "MiB", "rows": rows}
     write(stem("memory", args.device), lines, record, args.out)
 
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--child"]:
-        child(sys.argv[2], float(sys.argv[3]), sys.argv[4])
+        child(sys.argv[2], sys.argv[3], float(sys.argv[4]), sys.argv[5])
     else:
         main()

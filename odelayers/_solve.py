@@ -66,7 +66,8 @@ def check_pair(solver: Solver, gradient: Gradient, where: str) -> None:
 
 def _choice(gradients: Sequence[Gradient]) -> str:
     """The calls that make one of these gradients."""
-    return " or ".join(f"{type(gradient).__name__}()" for gradient in gradients)
+    *most, last = (f"{type(gradient).__name__}()" for gradient in gradients)
+    return f"{', '.join(most)} or {last}" if most else last
 
 
 def check_end(

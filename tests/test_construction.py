@@ -24,6 +24,7 @@ from odelayers import (
     Midpoint,
     Milstein,
     ODEBlock,
+    Reversible,
     ReversibleHeun,
     SDEBlock,
     SolveError,
@@ -84,6 +85,14 @@ def test_a_field_of_unclear_signature_is_refused_at_construction(f: Any, words: 
         (lambda: TorchSDE("nonsense"), ValueError, "TorchSDE: method: expected one of 'euler'"),
         (lambda: TorchSDE("euler", 0), ValueError, "TorchSDE: steps"),
         (lambda: Adjoint(max_drift=0.0), ValueError, "Adjoint: max_drift"),
+        (lambda: Checkpoint(segments=0), ValueError, "Checkpoint: segments: expected an int >= 1, got 0"),
+        (lambda: Checkpoint(segments="step"), TypeError, "Checkpoint: segments: expected an int >= 1, got 'step'"),
+        (lambda: Checkpoint(segments=True), TypeError, "Checkpoint: segments"),
+        (lambda: Reversible(coupling=1.5), ValueError, r"Reversible: coupling: expected a number in \(0, 1\], got 1.5"),
+        (lambda: Reversible(coupling=0.0), ValueError, "Reversible: coupling"),
+        (lambda: Reversible(max_gap=0.0), ValueError, "Reversible: max_gap"),
+        (lambda: Reversible(max_drift=-1.0), ValueError, "Reversible: max_drift"),
+        (lambda: Reversible(0.9, lam=1.0), TypeError, "unexpected keyword argument 'lam'"),
         (lambda: Uniform(2.0, 1.0), ValueError, "expected a < b, got a=2.0, b=1.0"),
         (lambda: ODEBlock(torch.sin, time=False, solver="rk4"), ValueError, r"got 'rk4'.*RK4\(steps=20\)"),
         (lambda: ODEBlock(torch.sin, time=False, solver=RK4), TypeError, "expected a solver such as"),
@@ -142,6 +151,8 @@ def test_errors_and_records_survive_pickling_and_copying() -> None:
         TorchSDE("heun", 4),
         TorchDiffEq("rk4", step_size=0.5),
         Adjoint(),
+        Checkpoint(segments=4),
+        Reversible(0.9, max_gap=0.5),
         Uniform(1, 2),
     ):
         assert pickle.loads(pickle.dumps(item)) == item == copy.deepcopy(item) == eval(repr(item))
@@ -165,6 +176,8 @@ def legal(solver: Any, gradient: Any) -> bool:
         return solver in (*OWN_ODE, *OWN_SDE)
     if solver in INDEPENDENT:
         return False
+    if isinstance(gradient, Reversible):
+        return solver in (*OWN_ODE, ReversibleHeun(3))
     return solver in (*OWN_ODE, *LIBRARY_ODE, TorchSDE("reversible_heun", 3))
 
 
@@ -177,7 +190,7 @@ def build(block: type, solver: Any, gradient: Any) -> Any:
     return block(torch.sin, *more, **options)
 
 
-@pytest.mark.parametrize("gradient", [Backprop(), Checkpoint(), Adjoint()], ids=name)
+@pytest.mark.parametrize("gradient", [Backprop(), Checkpoint(), Reversible(), Adjoint()], ids=name)
 @pytest.mark.parametrize("solver", SOLVERS, ids=repr)
 @pytest.mark.parametrize("block", [ODEBlock, AugmentedODEBlock, SDEBlock, DropoutSDEBlock], ids=name)
 def test_every_combination_runs_or_is_refused_with_the_legal_ones(block: type, solver: Any, gradient: Any) -> None:
@@ -191,7 +204,7 @@ def test_every_combination_runs_or_is_refused_with_the_legal_ones(block: type, s
     with pytest.raises(ValueError) as caught:
         build(block, solver, gradient)
     if fits:
-        named = [g for g in (Backprop(), Checkpoint(), Adjoint()) if legal(solver, g)]
+        named = [g for g in (Backprop(), Checkpoint(), Reversible(), Adjoint()) if legal(solver, g)]
         assert f"{gradient!r} cannot differentiate" in str(caught.value) or f"{name(gradient)}()" in str(caught.value)
         assert all(f"{name(g)}()" in str(caught.value) for g in named)
     else:

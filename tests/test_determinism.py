@@ -23,6 +23,7 @@ from odelayers import (
     EulerMaruyama,
     JacobianRegularizer,
     ODEBlock,
+    Reversible,
     SDEBlock,
     TorchDiffEq,
     TorchSDE,
@@ -138,7 +139,9 @@ def everything(block: Any, device: str) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
-@pytest.mark.parametrize("gradient", [BACKPROP, Checkpoint(), Adjoint(max_drift=1.0)], ids=name)
+@pytest.mark.parametrize(
+    "gradient", [BACKPROP, Checkpoint(), Reversible(max_gap=9.0), Adjoint(max_drift=1.0)], ids=name
+)
 @pytest.mark.parametrize("solver", [*ODE_SOLVERS, TorchDiffEq("dopri5"), *SDES], ids=name)
 def test_everything_runs_twice_the_same_under_deterministic_algorithms(
     solver: Any, gradient: Any, device: str, deterministic: None

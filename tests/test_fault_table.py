@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from odelayers import Adjoint, Backprop, Checkpoint, Dopri5, ODEBlock, Tsit5
+from odelayers import Adjoint, Backprop, Checkpoint, Dopri5, ODEBlock, Reversible, Tsit5
 from odelayers._gradients.base import Gradient
 from problems import name
 
@@ -116,7 +116,7 @@ def test_the_default_budget_is_finite_and_ends_a_stiff_solve(solver: Dopri5 | Ts
 
 
 @pytest.mark.timeout(60)
-@pytest.mark.parametrize("gradient", [Backprop(), Checkpoint(), Adjoint()], ids=name)
+@pytest.mark.parametrize("gradient", [Backprop(), Checkpoint(), Reversible(), Adjoint()], ids=name)
 def test_a_field_that_never_rests_is_followed_to_its_end_time_and_no_further(gradient: Gradient) -> None:
     """z'' = -z has no steady state but its centre: the solve asks for no time beyond t1, and ends there."""
     seen: list[float] = []

@@ -19,6 +19,7 @@ from odelayers import (
     Euler,
     EulerMaruyama,
     ODEBlock,
+    Reversible,
     Rodas5P,
     SDEBlock,
     SolveError,
@@ -166,7 +167,7 @@ def test_a_state_that_does_not_fit_is_refused(solver: Any, z: Any, kind: type[Ex
     ],
     ids=["broadcast", "scalar", "dtype", "none", "tuple", "in place"],
 )
-@pytest.mark.parametrize("gradient", [Backprop(), Checkpoint(), Adjoint()], ids=name)
+@pytest.mark.parametrize("gradient", [Backprop(), Checkpoint(), Reversible(), Adjoint()], ids=name)
 def test_a_field_that_does_not_fit_is_refused(gradient: Any, f: Any, kind: type[Exception], words: str) -> None:
     """Wrong shape, dtype or type, or work in place: the solve's own first evaluation says so, and z is unharmed."""
     z = ONES.clone()
@@ -201,7 +202,7 @@ def g(z: Tensor) -> Tensor:
     return z[:, :1]
 
 
-@pytest.mark.parametrize("gradient", [Backprop(), Checkpoint(), Adjoint()], ids=name)
+@pytest.mark.parametrize("gradient", [Backprop(), Checkpoint(), Reversible(), Adjoint()], ids=name)
 def test_dropout_in_the_field_is_refused_in_training(gradient: Any) -> None:
     """A mask drawn anew at every evaluation is another field each time; eval() and DropoutSDEBlock are the remedies."""
     block = ODEBlock(nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.5)), gradient=gradient)
@@ -215,7 +216,7 @@ def test_batchnorm_in_the_field_is_warned_of_or_refused() -> None:
     f = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
     with pytest.warns(UserWarning, match=r"BatchNorm1d using batch statistics.*GroupNorm"):
         ODEBlock(f)(torch.randn(4, 2))
-    for gradient in (Checkpoint(), Adjoint()):
+    for gradient in (Checkpoint(), Reversible(), Adjoint()):
         with pytest.raises(
             ValueError, match=rf"BatchNorm1d.*{name(gradient)}\(\) evaluates the field again and is refused"
         ):

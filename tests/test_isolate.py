@@ -23,6 +23,7 @@ from odelayers import (
     KineticRegularizer,
     Milstein,
     ODEBlock,
+    Reversible,
     Rodas5P,
     SDEBlock,
     SolveError,
@@ -62,7 +63,7 @@ def spoiled(dim: int = 2, seed: int = 0) -> tuple[Tensor, Tensor]:
     [
         pytest.param(solver, gradient, id=f"{solver!r}-{name(gradient)}")
         for solver in (Dopri5(), Tsit5(), OWN, Rodas5P(), RK4(steps=50))
-        for gradient in (Backprop(), Checkpoint(), Adjoint())
+        for gradient in (Backprop(), Checkpoint(), Reversible(), Adjoint())
         if gradient.accepts(solver)
     ],
 )
@@ -101,7 +102,7 @@ def test_parameters_get_the_gradient_of_the_healthy_rows_alone() -> None:
     net = TanhNet(2)
     z, healthy = spoiled()
     z[z.abs() > 1] = float("nan")
-    for gradient in (Backprop(), Checkpoint(), Adjoint()):
+    for gradient in (Backprop(), Checkpoint(), Reversible(), Adjoint()):
         block = ODEBlock(net, gradient=gradient)
         losses = block.solve(z, on_failure="isolate").final[healthy].sum(), block(z[healthy]).sum()
         found, wanted = (torch.autograd.grad(loss, list(net.parameters())) for loss in losses)

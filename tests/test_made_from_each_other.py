@@ -18,6 +18,7 @@ from odelayers import (
     EulerMaruyama,
     GradientError,
     ODEBlock,
+    Reversible,
     TorchDiffEq,
 )
 from odelayers._gradients import Gradient
@@ -26,6 +27,7 @@ from odelayers._solvers import Solver
 F64 = torch.float64
 AGAIN = [
     (Checkpoint(), RK4(20), 1e-12),
+    (Reversible(), Dopri5(1e-9, 1e-9), 1e-6),
     (Adjoint(), Dopri5(1e-9, 1e-9), 1e-6),
     (Adjoint(), TorchDiffEq("dopri5", 1e-9, 1e-9), 1e-6),
 ]
@@ -58,7 +60,9 @@ CASES: dict[str, Callable[[ODEBlock, Tensor], Tensor]] = {
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize(("gradient", "solver", "tolerance"), AGAIN, ids=["checkpoint", "adjoint", "torchdiffeq"])
+@pytest.mark.parametrize(
+    ("gradient", "solver", "tolerance"), AGAIN, ids=["checkpoint", "reversible", "adjoint", "torchdiffeq"]
+)
 def test_a_path_between_the_tensors_of_a_solve_is_walked_once(
     case: str, gradient: Gradient, solver: Solver, tolerance: float
 ) -> None:

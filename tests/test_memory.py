@@ -11,7 +11,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from odelayers import MLP, Adjoint, Backprop, Checkpoint, DropoutSDEBlock, EulerMaruyama, KineticRegularizer, ODEBlock
+from odelayers import (
+    MLP,
+    Adjoint,
+    Backprop,
+    Checkpoint,
+    DropoutSDEBlock,
+    EulerMaruyama,
+    KineticRegularizer,
+    ODEBlock,
+    Reversible,
+)
 from problems import name
 
 STATM = Path("/proc/self/statm")
@@ -52,7 +62,8 @@ def train(block: Any, steps: int, kept: list[Tensor] | None = None) -> None:
             kept.append(loss)
 
 
-CASES = [("ode", Backprop()), ("ode", Checkpoint()), ("ode", Adjoint()), ("sde", Backprop()), ("sde", Checkpoint())]
+CASES = [("ode", g) for g in (Backprop(), Checkpoint(), Reversible(), Adjoint())]
+CASES += [("sde", Backprop()), ("sde", Checkpoint())]
 
 
 @pytest.mark.parametrize("kind, gradient", CASES, ids=lambda v: v if isinstance(v, str) else name(v))

@@ -17,13 +17,14 @@ from odelayers import (
     EulerMaruyama,
     GradientError,
     ODEBlock,
+    Reversible,
     SDEBlock,
     TorchDiffEq,
     TorchSDE,
 )
 from problems import TanhNet, gradients, name
 
-AGAIN = (Checkpoint(), Adjoint())
+AGAIN = (Checkpoint(), Reversible(), Adjoint())
 TIGHT = Dopri5(rtol=1e-9, atol=1e-9)
 F64 = torch.float64
 

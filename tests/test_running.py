@@ -21,6 +21,7 @@ from odelayers import (
     KineticRegularizer,
     LyapunovRegularizer,
     ODEBlock,
+    Reversible,
     SteadyStateRegularizer,
     TorchDiffEq,
 )
@@ -29,7 +30,7 @@ from problems import MATRIX, TanhNet, gradients, name
 
 F64 = torch.float64
 TIGHT = Dopri5(rtol=1e-10, atol=1e-10)
-GRADIENTS = (Backprop(), Checkpoint(), Adjoint())
+GRADIENTS = (Backprop(), Checkpoint(), Reversible(), Adjoint())
 
 
 class Decay(nn.Module):
@@ -90,7 +91,7 @@ def test_gradients_flow_from_the_integrals(gradient: Any) -> None:
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(found, wanted, strict=True))
 
 
-@pytest.mark.parametrize("gradient", [Checkpoint(), Adjoint()], ids=name)
+@pytest.mark.parametrize("gradient", [Checkpoint(), Reversible(), Adjoint()], ids=name)
 def test_gradients_of_the_jacobian_s_integral_agree_between_modes(gradient: Any) -> None:
     """The regulariser needs second derivatives of f; evaluated again they are those of Backprop."""
     net, z, found = TanhNet(3), torch.randn(4, 3, dtype=F64), []

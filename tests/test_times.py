@@ -17,6 +17,7 @@ from odelayers import (
     DropoutSDEBlock,
     EulerMaruyama,
     ODEBlock,
+    Reversible,
     SDEBlock,
     TorchDiffEq,
     TorchSDE,
@@ -27,7 +28,7 @@ from problems import LINEAR, PROBLEMS, TanhNet, finite_difference, name, referen
 F64 = torch.float64
 TIGHT = Dopri5(rtol=1e-10, atol=1e-10)
 OWN = Dopri5(rtol=1e-10, atol=1e-10, batch="independent")
-GRADIENTS = (Backprop(), Checkpoint(), Adjoint())
+GRADIENTS = (Backprop(), Checkpoint(), Reversible(), Adjoint())
 
 
 @pytest.mark.parametrize("kind", ["float", "int", "tensor", "float32 tensor", "per sample", "parameter", "ts"])

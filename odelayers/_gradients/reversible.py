@@ -15,7 +15,7 @@ from odelayers._gradients.again import Gradients, Replay, plus
 from odelayers._gradients.base import Gradient
 from odelayers._solution import GradientError, SolveError, Status
 from odelayers._solvers.adaptive import AdaptiveRungeKutta
-from odelayers._solvers.base import Invertible, Path, Solver, State, Taken, fail, row_rms
+from odelayers._solvers.base import Invertible, Path, Solver, State, Taken, Undo, fail, row_rms
 from odelayers._solvers.coupled import CoupledAdaptive, CoupledGrid
 from odelayers._solvers.fixed import FixedRungeKutta
 from odelayers._solvers.sde import ReversibleHeun
@@ -161,8 +161,8 @@ class _Undone(Replay):
                 arriving[0] = plus(arriving[0], gradient[position])
                 position -= 1
             after = state
-            for before, made in self.solver.undo(self.f, step, state, self.driver):
-                state, arriving = before, self.pull_back(made, arriving, before, total)
+            for undo in self.solver.undo(self.f, step, self.driver):
+                state, arriving = self._back(undo, state, arriving, total)
             if self.gap is not None:
                 fresh = (after[0] - after[1]) - self.gradient.coupling * (state[0] - state[1])
                 strain = strain + self._relative(fresh, self.size) * _growth(arriving, state)
@@ -170,6 +170,11 @@ class _Undone(Replay):
             drift = torch.maximum(drift, self._distance(solution, z0))
         self._check(drift, strain)
         return arriving
+
+    def _back(self, undo: Undo, after: State, arriving: Gradients, total: Gradients) -> tuple[State, Gradients]:
+        """Undo a part of a step and pull the gradients back through it; its graph ends here."""
+        before, made = undo(after)
+        return before, self.pull_back(made, arriving, before, total)
 
     def _relative(self, x: Tensor, size: Tensor) -> Tensor:
         return row_rms(x) / size.clamp(min=torch.finfo(size.dtype).tiny)

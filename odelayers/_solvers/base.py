@@ -25,6 +25,7 @@ __all__ = [
     "Step",
     "Taken",
     "Trace",
+    "Undo",
     "fail",
     "leaf",
     "row_rms",
@@ -156,6 +157,10 @@ def leaf(x: Tensor) -> Tensor:
     return x.detach().requires_grad_()
 
 
+# Undoes a part of a step: from the state after it the one before, as leaves, and what the part makes of them.
+Undo = Callable[[State], tuple[State, State]]
+
+
 class Invertible(Protocol):
     """A march whose steps can be undone.
 
@@ -165,8 +170,8 @@ class Invertible(Protocol):
 
     def start(self, f: Evaluator, t0: float, z0: Tensor, driver: Driver) -> State: ...
     def march(self, f: Evaluator, z0: Tensor, ts: Sequence[float], driver: Driver, norm: Norm) -> Iterator[Taken]: ...
-    def undo(self, f: Evaluator, step: Step, after: State, driver: Driver) -> Iterator[tuple[State, State]]:
-        """Undo a step in one part or more, the last first: the leaves before each part, and what it makes of them."""
+    def undo(self, f: Evaluator, step: Step, driver: Driver) -> Sequence[Undo]:
+        """The parts of a step, the last first."""
 
 
 def fail(

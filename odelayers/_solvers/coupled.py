@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -14,7 +15,7 @@ from odelayers._driver import Driver
 from odelayers._evaluator import Evaluator
 from odelayers._solvers import control
 from odelayers._solvers.adaptive import AdaptiveRungeKutta, Try
-from odelayers._solvers.base import Norm, State, Step, Taken, leaf
+from odelayers._solvers.base import Norm, State, Step, Taken, Undo, leaf
 from odelayers._solvers.fixed import FixedGrid, FixedRungeKutta
 from odelayers._solvers.stages import stages_like
 
@@ -37,25 +38,29 @@ class _Coupled:
         """Both solutions at z0."""
         return z0, z0
 
-    def undo(self, f: Evaluator, step: Step, after: State, driver: Driver) -> Iterator[tuple[State, State]]:
+    def undo(self, f: Evaluator, step: Step, driver: Driver) -> tuple[Undo, Undo]:
         """Undo what was done to z, then what was done to y.
 
-        Each half leaves the other solution as it is: one flow from there finds the state before, and carries the
+        Each half leaves the other solution as it is, so that one flow from there finds the state before and carries the
         gradient.
         """
-        y, moved = leaf(after[0]), after[1]
+        return partial(self._undo_z, f, step, driver), partial(self._undo_y, f, step, driver)
+
+    def _undo_z(self, f: Evaluator, step: Step, driver: Driver, after: State) -> tuple[State, State]:
+        y = leaf(after[0])
         with torch.enable_grad():
-            back = self._flow(f, step.t + step.h, y, -step.h, driver)
-        z = leaf(moved - (y - back))
+            away = y - self._flow(f, step.t + step.h, y, -step.h, driver)
+        z = leaf(after[1] - away.detach())
         with torch.enable_grad():
-            moved = z + (y - back)
-        yield (y, z), (y, moved)
+            return (y, z), (y, z + away)
+
+    def _undo_y(self, f: Evaluator, step: Step, driver: Driver, after: State) -> tuple[State, State]:
+        z = leaf(after[1])
         with torch.enable_grad():
             ahead = self._flow(f, step.t, z, step.h, driver)
-        moved, y = y, leaf(z + (y - ahead) / self.coupling)
+        y = leaf(z.detach() + (after[0] - ahead.detach()) / self.coupling)
         with torch.enable_grad():
-            moved = self.coupling * (y - z) + ahead
-        yield (y, z), (moved, z)
+            return (y, z), (self.coupling * (y - z) + ahead, z)
 
     def _flow(self, f: Evaluator, t: float, z: Tensor, h: float, driver: Driver) -> Tensor:
         return self.base.again(f, Step(0, t, h), self.base.start(f, t, z, driver), driver)[0][0]

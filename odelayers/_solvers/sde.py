@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from odelayers._driver import Driver, NoisyClock
 from odelayers._evaluator import Evaluator
-from odelayers._solvers.base import State, Step, leaf
+from odelayers._solvers.base import State, Step, Undo, leaf
 from odelayers._solvers.fixed import FixedGrid
 
 __all__ = ["EulerMaruyama", "Milstein", "ReversibleHeun", "StratonovichHeun"]
@@ -136,14 +136,17 @@ class ReversibleHeun(FixedGrid):
         mean = tuple((a + b) / 2 for a, b in zip(terms, fresh, strict=True))
         return (driver.advance(z, mean, s.h, dw), reflected, *fresh)
 
-    def undo(self, f: Evaluator, step: Step, after: State, driver: Driver) -> Iterator[tuple[State, State]]:
-        """Undo a step: the same formulas with -h and -dW, and the step taken again from there."""
-        (z, mirror, *terms), dw = after, driver.increment(step.number, step.h)
+    def undo(self, f: Evaluator, step: Step, driver: Driver) -> tuple[Undo]:
+        """Undo a step at once."""
+        return (partial(self._undo, f, step, driver),)
+
+    def _undo(self, f: Evaluator, s: Step, driver: Driver, after: State) -> tuple[State, State]:
+        """The same formulas with -h and -dW, and the step taken again from where they lead."""
+        (z, mirror, *terms), dw = after, driver.increment(s.number, s.h)
         back = None if dw is None else -dw
-        reflected = driver.advance(2 * z - mirror, tuple(terms), -step.h, back)
-        fresh = driver.terms(f, step.t, reflected)
+        reflected = driver.advance(2 * z - mirror, tuple(terms), -s.h, back)
+        fresh = driver.terms(f, s.t, reflected)
         mean = tuple((a + b) / 2 for a, b in zip(terms, fresh, strict=True))
-        before = tuple(map(leaf, (driver.advance(z, mean, -step.h, back), reflected, *fresh)))
+        before = tuple(map(leaf, (driver.advance(z, mean, -s.h, back), reflected, *fresh)))
         with torch.enable_grad():
-            again = self.step(f, step, before, driver)
-        yield before, again
+            return before, self.step(f, s, before, driver)
