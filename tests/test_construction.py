@@ -99,7 +99,7 @@ def test_a_field_of_unclear_signature_is_refused_at_construction(f: Any, words: 
         (
             lambda: ODEBlock(torch.sin, time=False, gradient="adjoint"),
             TypeError,
-            r"expected Backprop\(\) or Checkpoint",
+            r"expected Backprop\(\), Checkpoint",
         ),
         (lambda: ODEBlock(torch.sin, time=False, rtol=1e-3), TypeError, "unexpected keyword argument 'rtol'"),
         (lambda: ODEBlock(torch.sin, time=False, on_failure="skip"), ValueError, "expected one of 'raise', 'isolate'"),
