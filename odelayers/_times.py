@@ -44,7 +44,7 @@ def output_times(ts: Tensor | Sequence[float], like: Tensor, where: str) -> Time
     steps = [b - a for a, b in pairwise(times)]
     if not (all(h > 0 for h in steps) or all(h < 0 for h in steps)):
         raise ValueError(f"{where}: ts: expected strictly increasing or strictly decreasing times, got {times}")
-    return Times(values.to(device=like.device, dtype=like.dtype), tuple(times), Clock())
+    return Times(values.to(device=like.device, dtype=like.dtype), tuple(times), Clock(ndim=like.ndim))
 
 
 def end_times(t0: float, t1: float | Tensor, like: Tensor, where: str) -> Times:
@@ -52,7 +52,7 @@ def end_times(t0: float, t1: float | Tensor, like: Tensor, where: str) -> Times:
     batch = like.shape[0]
     if not isinstance(t1, Tensor):
         last = finite_number(t1, f"{where}: t1")
-        return Times(like.new_tensor([t0, last]), (t0, last), Clock())
+        return Times(like.new_tensor([t0, last]), (t0, last), Clock(ndim=like.ndim))
     if not t1.is_floating_point():
         raise TypeError(f"{where}: t1: expected a floating-point tensor, got {t1.dtype}; pass t1.float()")
     if t1.ndim > 1 or (t1.ndim == 1 and t1.shape[0] != batch):
