@@ -62,8 +62,8 @@ class Clock:
     """`dt`: the solver's time s is the field's time, or t = start + rate s where the end time is a tensor.
 
     With a rate, 0-d or `(B,)`, the solver runs over s in [0, 1]: per-sample and differentiable end times are then
-    ordinary factors of the field, and their gradient is that of the steps taken. The field's time broadcasts against
-    a state of `ndim` axes.
+    ordinary factors of the field, and their gradient is that of the steps taken. The solver's time is a number, or a
+    tensor `(B,)` where rows have their own; the field's broadcasts against the user's state, of `ndim` axes.
     """
 
     start: float = 0.0
@@ -72,6 +72,7 @@ class Clock:
 
     def time(self, s: Time) -> Time:
         """The field's time at the solver's time s."""
+        s = against(s, self.ndim) if isinstance(s, Tensor) else s
         return s if self.rate is None else self.start + against(self.rate, self.ndim) * s
 
     def dt(self, h: float) -> Tensor | float:
@@ -98,7 +99,7 @@ class Clock:
     def terms(self, f: Evaluate, s: Time, z: Tensor) -> Terms:
         """What this driver needs of the field at (s, z); one evaluation."""
         if self.rate is None:
-            return (f(s, z),)
+            return (f(self.time(s), z),)
         return (against(self.rate, z.ndim) * f(self.time(s), z),)
 
     def advance(self, z: Tensor, terms: Terms, h: float, dw: Any) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import numpy as np
@@ -78,22 +79,6 @@ def test_a_batch_of_one_is_solved_as_in_shared_stepping(solver: type, recorded: 
             assert getattr(one.stats, count) == getattr(two.stats, count)
         rejected += one.stats.rejected
     assert rejected > 0
-
-
-@pytest.mark.parametrize("shape", [(8,), (8, 2), (8, 2, 3)], ids=str)
-@pytest.mark.parametrize("t1", [1.0, torch.linspace(-1, 2, 8, dtype=F64)], ids=["one end", "own ends"])
-def test_time_reaches_the_field_as_a_tensor_that_broadcasts_against_the_state(t1: Any, shape: tuple[int, ...]) -> None:
-    """(n, 1, ...) for the n rows under way, from the first evaluation on; z' = t ends at z0 + t1^2 / 2."""
-    seen: list[bool] = []
-
-    def f(t: Tensor, z: Tensor) -> Tensor:
-        seen.append(t.shape == (len(z), *[1] * (z.ndim - 1)))
-        return t.expand(z.shape)
-
-    z = torch.randn(shape, dtype=F64)
-    ends = torch.as_tensor(t1, dtype=F64).expand(8).reshape(-1, *[1] * (z.ndim - 1))
-    assert (ODEBlock(f, solver=TIGHT)(z, t1) - z - ends**2 / 2).abs().max() < 1e-12
-    assert all(seen)
 
 
 @pytest.mark.parametrize("way", [1, -1])
@@ -231,14 +216,20 @@ def test_no_graph_is_kept_without_a_gradient_and_numbers_are_the_same() -> None:
 
 
 def test_running_regularisers_follow_their_rows() -> None:
-    """Integrals along the solve are those of each row alone, with the probe it had in the batch."""
-    z, running = start(), [KineticRegularizer(), JacobianRegularizer()]
-    block = ODEBlock(Relaxation(), solver=TIGHT, time=True)
-    found = block.solve(z, context=STIFFNESS, running=running, generator=torch.Generator().manual_seed(3)).running
-    block = ODEBlock(Relaxation(), solver=Dopri5(1e-9, 1e-9), time=True)
-    wanted = block.solve(z, context=STIFFNESS, running=running, generator=torch.Generator().manual_seed(3)).running
-    for a, b in zip(found, wanted, strict=True):
-        assert torch.allclose(a, b, rtol=1e-6)
+    """Integrals along the solve are those of shared steps, for states of any number of axes and own end times."""
+    running, ends = [KineticRegularizer(), JacobianRegularizer()], torch.linspace(0.2, 1.0, 8, dtype=F64)
+    for z, t1 in itertools.product((start(), start()[:, 0], start()[..., None]), (0.5, ends)):
+        found, wanted = (
+            ODEBlock(Relaxation(), solver=solver, time=True).solve(
+                z,
+                t1=t1,
+                context=STIFFNESS.reshape(-1, *[1] * (z.ndim - 1)),
+                running=running,
+                generator=torch.Generator().manual_seed(3),
+            )
+            for solver in (TIGHT, Dopri5(1e-9, 1e-9))
+        )
+        assert all(torch.allclose(a, b, rtol=1e-6) for a, b in zip(found.running, wanted.running, strict=True))
 
 
 def test_rows_fail_each_at_its_own_time_and_the_others_are_as_without_them() -> None:

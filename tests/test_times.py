@@ -66,6 +66,22 @@ def test_every_sample_may_end_at_its_own_time(solver: Any) -> None:
     assert torch.equal(solution.ts, torch.stack([torch.full((5,), 0.5, dtype=F64), t1]))
 
 
+@pytest.mark.parametrize("shape", [(8,), (8, 2), (8, 2, 3)], ids=str)
+@pytest.mark.parametrize("t1", [1.0, torch.linspace(-1, 2, 8, dtype=F64)], ids=["one end", "own ends"])
+def test_with_steps_of_its_own_a_row_sees_its_own_time(t1: Any, shape: tuple[int, ...]) -> None:
+    """(n, 1, ...) for the n rows under way, from the first evaluation on; z' = t ends at z0 + t1^2 / 2."""
+    seen: list[bool] = []
+
+    def f(t: Tensor, z: Tensor) -> Tensor:
+        seen.append(t.shape == (len(z), *[1] * (z.ndim - 1)))
+        return t.expand(z.shape)
+
+    z = torch.randn(shape, dtype=F64)
+    ends = torch.as_tensor(t1, dtype=F64).expand(8).reshape(-1, *[1] * (z.ndim - 1))
+    assert (ODEBlock(f, solver=OWN)(z, t1) - z - ends**2 / 2).abs().max() < 1e-12
+    assert all(seen)
+
+
 @pytest.mark.parametrize("gradient", GRADIENTS, ids=name)
 @pytest.mark.parametrize("solver", [TIGHT, RK4(steps=60)], ids=name)
 def test_an_end_time_gets_the_field_at_the_end_as_gradient(solver: Any, gradient: Any) -> None:

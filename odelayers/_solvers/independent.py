@@ -51,7 +51,7 @@ class Independent(MarchingSolver):
     pair: AdaptiveRungeKutta
 
     def start(self, f: Evaluator, t0: float, z0: Tensor, driver: Driver) -> State:
-        return z0, driver.terms(f, column(z0.new_full((len(z0),), t0), z0.ndim), z0)[0]
+        return z0, driver.terms(f, z0.new_full((len(z0),), t0), z0)[0]
 
     def march(self, f: Evaluator, z0: Tensor, ts: Sequence[float], driver: Driver, norm: Norm) -> Iterator[Taken]:
         pair, failures = self.pair, list[Failed]()
@@ -122,7 +122,8 @@ class Independent(MarchingSolver):
         """One step of each row; stages are scaled by the rows' lengths, so they combine as those of one length do."""
         z, k = before
         at = last = z
-        *s, h = column(grid, z.ndim).unbind(0)
+        *s, h = grid.unbind(0)
+        h = column(h, z.ndim)
         stages.begin(z)
         stages.put(0, k * h)
         for i in range(1, len(s)):
@@ -173,8 +174,7 @@ class Independent(MarchingSolver):
         if self.pair.first_step is not None:
             return np.full(len(z), min(self.pair.first_step, span))
         h = guess.h.clamp(max=span)
-        length = column(way * h, z.ndim)
-        there = driver.terms(f, t0 + length, z + length * k)[0]
+        there = driver.terms(f, t0 + way * h, z + column(way * h, z.ndim) * k)[0]
         fastest = torch.maximum(guess.speed, norm((there - k) / guess.scale) / h)
         first = second_guess(h.cpu().double(), fastest.cpu().double(), self.pair.tableau.order).clamp(max=span)
         return host(first)

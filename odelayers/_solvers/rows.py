@@ -208,5 +208,4 @@ def failure(solver: Solver, f: Evaluator, z0: Tensor, failures: Sequence[Failed]
         if x.status == first.status:
             s[x.row] = x.t
     note = f"after {first.tried} steps tried, the last of length {first.h:.3g}"
-    times = column(on(z0, s), z0.ndim)
-    return fail(solver, f, on(z0, np.isfinite(s)), times, driver, Status(first.status), note)
+    return fail(solver, f, on(z0, np.isfinite(s)), on(z0, s), driver, Status(first.status), note)
