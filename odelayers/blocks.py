@@ -146,7 +146,8 @@ class SDEBlock(NoisyBlock):
         calculus: "ito" or "stratonovich": how the equation is read. Nothing is converted; a solver that converges to
             the other reading is refused.
         noise: "diagonal" (one Wiener process per coordinate) or "scalar" (one per row).
-        gradient: `Backprop()`, `Checkpoint()` or, with `TorchSDE("reversible_heun")`, `Adjoint()`.
+        gradient: `Backprop()`, `Checkpoint()`, with `ReversibleHeun` also `Reversible()`, and with
+            `TorchSDE("reversible_heun")` `Adjoint()`.
         time: whether f and g take the time, where their signatures leave that open.
         on_failure: "raise" or "isolate".
 

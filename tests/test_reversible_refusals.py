@@ -139,6 +139,15 @@ def test_without_each_check_a_wrong_gradient_would_pass(check: str) -> None:
     assert isinstance(caught.value, SolveError) == (check == "values of the pair")
 
 
+def test_states_recovered_on_the_way_are_compared_too() -> None:
+    """A field that expands by e^20, then contracts by it: the start is recovered, the output between the two is not."""
+    f = lambda t, z: torch.where(t < 1, 20.0, -20.0) * z + torch.sin(3 * z)  # noqa: E731
+    z = torch.randn(3, 2, dtype=F64, generator=generator(3), requires_grad=True)
+    block = ODEBlock(f, solver=RK4(100), gradient=Reversible(max_gap=OFF))
+    with pytest.raises(GradientError, match="recovered by undoing the steps differ"):
+        block.solve(z, [0.0, 1.0, 2.0]).final.sum().backward()
+
+
 def test_a_smaller_coupling_holds_the_pair_together_and_costs_digits() -> None:
     """z' = -5 z over T = 5, c h < 2 (1 - 0.9) / (1 + 0.9): stable where 0.999 is not; but 0.5^100 is lost."""
     z = torch.ones(2, 1, dtype=F64, requires_grad=True)

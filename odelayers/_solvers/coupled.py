@@ -124,6 +124,7 @@ class CoupledAdaptive(_Coupled):
 
     def march(self, f: Evaluator, z0: Tensor, ts: Sequence[float], driver: Driver, norm: Norm) -> Iterator[Taken]:
         """Take the steps from ts[0] to ts[-1]."""
+        self.base.refuse_vmap(z0)
         base, t, way = self.base, ts[0], math.copysign(1.0, ts[-1] - ts[0])
         trial, shortest = _Trial(self, f, z0, driver, norm), 4 * torch.finfo(torch.float64).eps * abs(ts[-1] - t)
         before: State = (z0, z0)
