@@ -75,6 +75,7 @@ def draw(rows: Sequence[dict[str, Any]], out: Path) -> None:
 
     matplotlib.use("svg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import LogLocator
 
     out.mkdir(parents=True, exist_ok=True)
     for name, group in groupby(rows, key=lambda row: row["case"].split(" = ")[0]):
@@ -86,7 +87,9 @@ def draw(rows: Sequence[dict[str, Any]], out: Path) -> None:
                 if found:
                     ax.loglog(*zip(*found, strict=True), color=colour, marker=marker, markersize=4, label=line)
             values = sorted({float(p["case"].split(" = ")[1]) for p in points}, reverse=name == "tol")
-            ax.set_xticks(values, [f"{value:g}" for value in values])
+            ax.set_xticks(values, [f"{value:g}".replace("e-0", "e-") for value in values])
+            ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            ax.yaxis.set_major_formatter("{x:g}")
             ax.minorticks_off()
             if name == "tol":
                 ax.invert_xaxis()  # dearer to the right, as in the others

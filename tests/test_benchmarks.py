@@ -51,10 +51,11 @@ def test_the_bars_say_reached_only_where_it_is_so(tmp_path: Path) -> None:
         {"case": "forward, B=128", "name": "diffrax jit", "ratio": 1.7},
     ]
     (tmp_path / "forward_backward.json").write_text(json.dumps({"rows": rows}))
-    verdicts = [(bar["row"], bar["peer"], bar["verdict"]) for bar in run("bars", tmp_path)["bars"]]
-    assert verdicts[:3] == [
-        ("odelayers Backprop", "torchdiffeq odeint", "reached"),
-        ("odelayers Backprop", "diffrax jit", "not reached: 1.70 of 1.8"),
-        ("odelayers compiled", "torchdiffeq odeint", "not measured"),
-    ]
-    assert {verdict for _, _, verdict in verdicts[3:]} == {"not measured"}
+    verdicts = {
+        (bar["row"], bar["peer"]): bar["verdict"]
+        for bar in run("bars", tmp_path)["bars"]
+        if bar["case"] == "forward, B=128"
+    }
+    assert verdicts.pop(("odelayers Backprop", "torchdiffeq odeint")) == "reached"
+    assert verdicts.pop(("odelayers Backprop", "diffrax jit")) == "not reached: 1.70 of 1.8"
+    assert set(verdicts.values()) == {"not measured"}
