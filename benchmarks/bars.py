@@ -30,6 +30,8 @@ EAGER, COMPILED, BARE = "odelayers Backprop", "odelayers compiled", "bare field"
 SINE_AS_OFTEN, CONV_AS_OFTEN = "odelayers Backprop, 2e-5", "odelayers Backprop, 2e-3"
 ODEINT, ADJOINT, DIFFRAX = "torchdiffeq odeint", "torchdiffeq odeint_adjoint", "diffrax jit"
 SINE, CONV, GRID, NOISE = "forward_backward", "conv_field", "fixed_grid", "sde"
+JACOBIANS, STIFF, SPREAD = "jacobians", "stiff", "stiffness_spread"
+OWN, LOOP, OFFICIAL = "odelayers jacobian", "per-sample loop", "official loop, 8 samples"
 AHEAD, BOTH = "forward, B=128", "forward+backward, B=128"
 CONV_BOTH, HEUN = "forward+backward, T=1", "reversible Heun forward+backward, 90 steps"
 BARS = (
@@ -51,6 +53,20 @@ BARS = (
     Bar(NOISE, "Euler-Maruyama forward, 20 steps", "odelayers DropoutSDEBlock", "torchsde euler", 4.0),
     Bar(NOISE, "Euler-Maruyama forward, 90 steps", "odelayers DropoutSDEBlock", "torchsde euler", 4.0),
     Bar(NOISE, HEUN, "odelayers Reversible", "torchsde adjoint_reversible_heun", 3.0),
+    Bar(JACOBIANS, "jacobian, tanh(Wz + b)", OWN, LOOP, 120.0),
+    Bar(JACOBIANS, "jacobian, ConvField, n = 784, batch 2", OWN, LOOP, 4.0),
+    *(
+        Bar(JACOBIANS, f"regulariser step, {field}", "odelayers, 8 samples", OFFICIAL, 20.0)
+        for field in ("SineField", "tanh(Wz + b)", "two layers")
+    ),
+    # 40 times per sample, and sixteen times as many samples.
+    Bar(JACOBIANS, "regulariser step, SineField", "odelayers, 128 samples", OFFICIAL, 40.0 * 8 / 128),
+    Bar(STIFF, "Robertson, forward", "odelayers Rodas5P, 1e-05", "torchdiffeq scipy_solver LSODA, 1e-06", 5.0),
+    Bar(STIFF, "Robertson, forward", "odelayers Rodas5P, 1e-05", "torchdiffeq scipy_solver Radau, 1e-04", 5.0),
+    Bar(STIFF, "van der Pol, forward", "odelayers Rodas5P, 3e-06", "torchdiffeq scipy_solver LSODA, 1e-07", 5.0),
+    Bar(STIFF, "van der Pol, forward", "odelayers Rodas5P, 3e-06", "torchdiffeq scipy_solver Radau, 1e-04", 5.0),
+    Bar(SPREAD, "forward", "odelayers, own steps", "torchode, own steps", 1.0),
+    Bar(SPREAD, "forward+backward", "odelayers, own steps", "torchode, own steps", 1.0),
 )
 
 
@@ -63,7 +79,7 @@ def ratios(out: Path, name: str, device: str) -> dict[tuple[str, str], float]:
 
 def judged(out: Path, device: str) -> Iterator[dict[str, Any]]:
     """Every bar with what was found. Ratios of one case have the same base, so one over the other compares two rows."""
-    tables = {name: ratios(out, name, device) for name in (SINE, CONV, GRID, NOISE)}
+    tables = {name: ratios(out, name, device) for name in dict.fromkeys(bar.table for bar in BARS)}
     for bar in BARS:
         row, peer = (tables[bar.table].get((bar.case, name)) for name in (bar.row, bar.peer))
         found = None if row is None or peer is None else row / peer if bar.at_most else peer / row
