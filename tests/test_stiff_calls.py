@@ -1,4 +1,4 @@
-"""Stiff solves by Rodas5P in a block: end times, outputs, running integrals, closed forms, halves, refusals, budgets."""
+"""Stiff solves by Rodas5P in a block: end times, outputs, running integrals, closed forms, refusals, budgets."""
 
 from __future__ import annotations
 
