@@ -8,20 +8,19 @@ from typing import Any
 import pytest
 import torch
 from scipy.integrate import solve_ivp
-from torch import Tensor, nn
-from torch.autograd import gradcheck, gradgradcheck
+from torch import Tensor
 
 from odelayers import (
     Backprop,
     Checkpoint,
     Dopri5,
+    KineticRegularizer,
     ODEBlock,
     Rodas5P,
     SolveError,
     Status,
     Tsit5,
 )
-from odelayers._solvers.factored import Factored
 from problems import slopes
 
 F64 = torch.float64
@@ -174,42 +173,6 @@ def test_a_gradient_through_stiff_steps_is_that_of_the_solution() -> None:
         assert found.item() == pytest.approx((wanted * weights).sum().item(), rel=2e-5)
 
 
-class Timed(nn.Module):
-    """A field with time, parameters and a stiff part."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.inner = nn.Linear(2, 2, dtype=F64)
-
-    def forward(self, t: Tensor, z: Tensor) -> Tensor:
-        return 3 * torch.tanh(self.inner(z)) + torch.sin(3 * t) - 50 * z
-
-
-def test_steps_pass_gradcheck_to_second_order() -> None:
-    """State, parameters and per-sample end times, for two steps held equal: the Jacobian is differentiated too."""
-    f = Timed()
-    block = ODEBlock(f, solver=Rodas5P(1e9, 1e9, first_step=0.5))
-    z = torch.randn(2, 2, dtype=F64, requires_grad=True)
-    t1 = torch.tensor([0.4, 1.0], dtype=F64, requires_grad=True)
-
-    def run(z: Tensor, t1: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        return torch.func.functional_call(block, {"f.inner.weight": weight, "f.inner.bias": bias}, (z, t1))
-
-    inputs = (z, t1, *(p.detach().clone().requires_grad_() for p in f.parameters()))
-    assert gradcheck(run, inputs, atol=1e-7)
-    assert gradgradcheck(run, inputs, atol=1e-6)
-
-
-def test_an_equation_s_derivatives_of_all_orders_are_those_of_its_solution() -> None:
-    """`Factored.solve` against the inverse, whose derivatives autograd knows."""
-    W = (torch.randn(4, 3, 3, dtype=F64) + 3 * torch.eye(3, dtype=F64)).requires_grad_()
-    r = torch.randn(4, 3, dtype=F64, requires_grad=True)
-    assert (Factored(W).solve(r) - (torch.linalg.inv(W) @ r.unsqueeze(-1)).squeeze(-1)).abs().max() < 1e-12
-    assert gradcheck(lambda W, r: Factored(W).solve(r), (W, r)) and gradgradcheck(
-        lambda W, r: Factored(W).solve(r), (W, r)
-    )
-
-
 def test_rows_that_overshoot_into_nan_leave_no_trace_in_a_gradient() -> None:
     """-10 log(1 + z) is NaN below -1, where a first step of the whole time lands: it is tried again, shorter."""
 
@@ -223,3 +186,32 @@ def test_rows_that_overshoot_into_nan_leave_no_trace_in_a_gradient() -> None:
     assert solution.stats.rejected > 0
     for a, b in zip(*found, strict=True):
         assert ((a - b) / b).abs().max() < 1e-6
+
+
+def test_an_output_time_shortens_one_step_alone() -> None:
+    """Two outputs close together cost a step each, and the step after them is as long as it would have been."""
+    block = ODEBlock(lambda t, z: torch.cos(30 * t) - z, solver=Rodas5P(1e-7, 1e-7), time=True)
+    few, many = (block.solve(torch.ones(2, 1, dtype=F64), ts).stats for ts in ([0, 1], [0, 0.5, 0.5 + 1e-9, 1]))
+    assert many.accepted + many.rejected <= few.accepted + few.rejected + 3
+
+
+def test_the_running_integrals_of_a_stiff_solve_are_its_quadratures() -> None:
+    """The mean kinetic energy along z' = -1000 z from 1 is 1000 / 2 (1 - e^-2000)."""
+    block = ODEBlock(lambda z: -1e3 * z, solver=Rodas5P(1e-9, 1e-9))
+    (energy,) = block.solve(torch.ones(2, 3, 1, dtype=F64), running=[KineticRegularizer()]).running
+    assert energy.tolist() == pytest.approx([500.0, 500.0], rel=1e-7)
+
+
+def test_half_precision_is_carried_in_float32() -> None:
+    """A bfloat16 state relaxes to the slow solution within its own rounding."""
+    end = ODEBlock(lambda z: -1e4 * (z - 0.5), solver=Rodas5P())(torch.ones(3, 2, dtype=torch.bfloat16))
+    assert end.dtype == torch.bfloat16 and (end - 0.5).abs().max() < 1e-2
+
+
+def test_only_the_rows_that_have_not_arrived_fail_when_the_budget_is_spent() -> None:
+    """A fast oscillator spends the steps; the row at rest has long arrived."""
+    speed = torch.tensor([[0.1], [500.0], [0.1]], dtype=F64)
+    block = ODEBlock(lambda t, z, w: w * torch.cos(w * t) - z, solver=Rodas5P(max_steps=60), time=True)
+    with pytest.raises(SolveError, match="60 steps tried") as caught:
+        block(torch.zeros(3, 1, dtype=F64), context=speed)
+    assert (caught.value.rows, caught.value.status) == ((1,), Status.MAX_STEPS) and 0 < caught.value.t[0] < 1

@@ -1,0 +1,109 @@
+"""What a Rosenbrock step rests on: its linear equations, its Jacobian in closed form or not, and their derivatives."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.autograd import gradcheck, gradgradcheck
+
+from odelayers import Dopri5, KineticRegularizer, ODEBlock, Rodas5P
+from odelayers._solvers.factored import Factored
+
+F64 = torch.float64
+
+
+class Timed(nn.Module):
+    """A field with time, parameters and a stiff part."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(2, 2, dtype=F64)
+
+    def forward(self, t: Tensor, z: Tensor) -> Tensor:
+        return 3 * torch.tanh(self.inner(z)) + torch.sin(3 * t) - 50 * z
+
+
+def test_steps_pass_gradcheck_to_second_order() -> None:
+    """State, parameters and per-sample end times, for two steps held equal: the Jacobian is differentiated too."""
+    f = Timed()
+    block = ODEBlock(f, solver=Rodas5P(1e9, 1e9, first_step=0.5))
+    z = torch.randn(2, 2, dtype=F64, requires_grad=True)
+    t1 = torch.tensor([0.4, 1.0], dtype=F64, requires_grad=True)
+
+    def run(z: Tensor, t1: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return torch.func.functional_call(block, {"f.inner.weight": weight, "f.inner.bias": bias}, (z, t1))
+
+    inputs = (z, t1, *(p.detach().clone().requires_grad_() for p in f.parameters()))
+    assert gradcheck(run, inputs, atol=1e-7)
+    assert gradgradcheck(run, inputs, atol=1e-6)
+
+
+def test_an_equation_s_derivatives_of_all_orders_are_those_of_its_solution() -> None:
+    """`Factored.solve` against the inverse, whose derivatives autograd knows."""
+    W = (torch.randn(4, 3, 3, dtype=F64) + 3 * torch.eye(3, dtype=F64)).requires_grad_()
+    r = torch.randn(4, 3, dtype=F64, requires_grad=True)
+    assert (Factored(W).solve(r) - (torch.linalg.inv(W) @ r.unsqueeze(-1)).squeeze(-1)).abs().max() < 1e-12
+    assert gradcheck(lambda W, r: Factored(W).solve(r), (W, r)) and gradgradcheck(
+        lambda W, r: Factored(W).solve(r), (W, r)
+    )
+
+
+@pytest.mark.parametrize("rate", [0.0, 2.0])
+def test_per_sample_end_times_take_the_steps_of_a_common_one(rate: float) -> None:
+    """Time as a factor of the field scales value, Jacobian and derivative in time alike, so nothing changes."""
+    f = lambda t, z: 3 * torch.sin(5 * t) - (1 + rate * t) * z**3  # noqa: E731
+    z, solver = torch.rand(3, 2, dtype=F64), {n: Rodas5P(1e9, 1e9, first_step=n) for n in (0.5, 0.25)}
+    common = ODEBlock(f, t1=2.0, solver=solver[0.5])(z)
+    apart = ODEBlock(f, solver=solver[0.25])(z, torch.full((3,), 2.0, dtype=F64))
+    assert (apart - common).abs().max() < 1e-13
+
+
+def test_batch_statistics_and_transforms_are_refused() -> None:
+    """Rows that interact have no Jacobians of their own; torch.func cannot pass the solver's own differentiation."""
+    with pytest.warns(UserWarning, match="BatchNorm"), pytest.raises(ValueError, match=r"Rodas5P.*GroupNorm"):
+        ODEBlock(nn.BatchNorm1d(2), solver=Rodas5P())(torch.randn(4, 2))
+    block = ODEBlock(lambda z: -z, solver=Rodas5P())
+    for transform in (torch.func.vmap, torch.func.jacrev):
+        with pytest.raises(RuntimeError, match=r"Rodas5P.*torch.func.*RK4\(steps\)"):
+            transform(lambda x: block(x[None])[0])(torch.randn(3, 2))
+
+
+class Closed(nn.Module):
+    """tanh(Wz + b) + drift t, with and without its closed form."""
+
+    def __init__(self, timed: bool) -> None:
+        super().__init__()
+        self.linear = nn.Linear(3, 3, dtype=F64)
+        self.timed, self.asked = timed, 0
+
+    def forward(self, t: Tensor, z: Tensor) -> Tensor:
+        return -20 * torch.tanh(self.linear(z)) + (torch.sin(t) if self.timed else 0.0)
+
+    def linearize(self, t: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+        self.asked += 1
+        return -20 * (1 - torch.tanh(self.linear(z)) ** 2), self.linear.weight
+
+
+@pytest.mark.parametrize("timed", [False, True])
+def test_a_closed_form_of_the_jacobian_is_used(timed: bool) -> None:
+    """States, gradients and evaluations are those of differentiation, without a backward pass a step."""
+    f, z, found = Closed(timed), torch.randn(4, 3, dtype=F64, requires_grad=True), []
+    for field in (f, lambda t, z: f(t, z)):
+        solution = ODEBlock(field, solver=Rodas5P()).solve(z)
+        grads = torch.autograd.grad(solution.final.square().sum(), [z, *f.parameters()])
+        found.append((solution.final, *grads, torch.tensor(solution.stats.nfe)))
+    assert f.asked == (solution.stats.nfe - 2) / 8
+    for a, b in zip(*found, strict=True):
+        assert np.allclose(a.detach(), b.detach(), rtol=1e-11, atol=1e-13)
+
+
+def test_a_closed_form_is_passed_over_where_integrals_run_along() -> None:
+    """A field's `linearize` knows nothing of the integrals: they are those that Dopri5 finds."""
+    f, z = Closed(timed=True), torch.randn(4, 3, dtype=F64)
+    found = [
+        ODEBlock(f, solver=solver).solve(z, running=[KineticRegularizer()]).running[0]
+        for solver in (Rodas5P(1e-8, 1e-8), Dopri5(1e-8, 1e-8))
+    ]
+    assert f.asked == 0 and (found[0] - found[1]).abs().max() < 1e-5
