@@ -160,7 +160,9 @@ def solve(problem: Problem, solver: Solver, gradient: Gradient, isolate: bool) -
                 settled, ends = _settled(problem, rows, way)
                 return Solved(zs, Stats(nfe, 0, 0, status, failed_at, torch.zeros_like(status), settled), ends)
             part = problem.take(rows)
-    zs = path.zs.expand(len(problem.ts), *part.z0.shape)  # rows at rest to begin with take no step
+    zs = path.zs
+    if len(zs) < len(problem.ts):  # rows at rest to begin with take no step
+        zs = zs.expand(len(problem.ts), *part.z0.shape)
     steps = way.steps if isinstance(way, Settling) else path.steps
     steps = torch.full_like(rows, path.accepted) if steps is None else steps
     if len(rows) < batch:
