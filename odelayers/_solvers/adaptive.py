@@ -105,17 +105,17 @@ class AdaptiveRungeKutta(Adaptive):
         while (t1 - t) * way > 0:
             # A last step that would leave a sliver is stretched or clipped to end exactly at t1.
             h = (t1 - t) * way if h * 1.01 >= (t1 - t) * way else h
-            attempt = self._attempt(f, t, h * way, before, driver, stages)
+            end = t1 if h == (t1 - t) * way else t + h * way
+            inside = ts[position] != t1 and (ts[position] - end) * way <= 0
+            attempt = self._attempt(f, t, h * way, before, driver, stages, inside)
             with torch.no_grad():
                 reached_size = attempt.z.abs()
                 scale = torch.maximum(size, reached_size).add_(atol / rtol)
-                errors = norm(
-                    attempt.stages.error(h / rtol).div_(scale)
-                )  # both divided by rtol, which saves an operation
+                # Both are divided by rtol, which saves an operation.
+                errors = norm(attempt.stages.error(h / rtol).div_(scale))
                 worst = errors.amax().item()  # the step's one host read
             tried += 1
             if worst <= 1.0:
-                end = t1 if h == (t1 - t) * way else t + h * way
                 reached = position
                 while reached < len(ts) and (ts[reached] - end) * way <= 0:
                     reached += 1
@@ -158,10 +158,14 @@ class AdaptiveRungeKutta(Adaptive):
                 f"use a fixed grid such as RK4(steps), or hand the rows over as one batch (odelayers.jacobian does)"
             )
 
-    def _attempt(self, f: Evaluator, t: float, h: float, before: State, driver: Driver, stages: Stages) -> Try:
+    def _attempt(
+        self, f: Evaluator, t: float, h: float, before: State, driver: Driver, stages: Stages, inside: bool = True
+    ) -> Try:
         at, k = before
-        if f.programs is not None and (found := step_stages(f, self.tableau, driver.clock, at, k, t, h)) is not None:
-            return Try(found[0], Compiled(self.tableau, at, *found[1:]), h)
+        if f.programs is not None:
+            found = step_stages(f, self.tableau, driver.clock, at, k, t, h, inside)
+            if found is not None:
+                return Try(found[0], Compiled(self.tableau, at, *found[1:]), h)
         stages.begin(at)
         stages.put(0, k)
         for i, c in enumerate(self.tableau.c[1:], start=1):

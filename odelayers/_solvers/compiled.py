@@ -53,9 +53,10 @@ class Programs:
         key = program, torch.is_grad_enabled()
         new = key not in self._made
         if new:
-            # dynamo keeps what it compiles with the code object, a few per object: each block has its own.
+            # dynamo keeps what it compiles with the code object, a few per object: each block has its own. Sizes and
+            # numbers are constants: symbols of them do not pass into the loop.
             own = types.FunctionType(program.__code__.replace(), program.__globals__, program.__name__)
-            self._made[key] = torch.compile(own, fullgraph=True)
+            self._made[key] = torch.compile(own, fullgraph=True, dynamic=False)
         compiled = self._made[key]
         if compiled is None:
             return None
@@ -101,10 +102,13 @@ def _stages(
 
 
 def _step(
-    tableau: Tableau, field: Field, clock: Clock, z: Tensor, k: Tensor, times: Tensor, h: Tensor
+    tableau: Tableau, field: Field, clock: Clock, z: Tensor, k: Tensor, times: Tensor, h: Tensor, inside: bool
 ) -> tuple[Tensor, list[Tensor], Tensor]:
     at, stages = _stages(tableau, field, clock, z, k, times.unbind(0), h)
-    return at, stages, _weighted(tableau.error, [s.detach() for s in stages])
+    values = [s.detach() for s in stages]
+    # A gradient reaches the stages by the last one, which the next step begins with, and by outputs inside the step:
+    # where there is none, the backward pass need not be given a zero for each.
+    return at, stages if inside else [*values[:-1], stages[-1]], _weighted(tableau.error, values)
 
 
 def _grid(tableau: Tableau, field: Field, clock: Clock, z: Tensor, times: Tensor, lengths: Tensor) -> Tensor:
@@ -167,12 +171,17 @@ def _loop(
 
 
 def step_stages(
-    f: Evaluator, tableau: Tableau, clock: Clock, z: Tensor, k: Tensor, t: float, h: float
+    f: Evaluator, tableau: Tableau, clock: Clock, z: Tensor, k: Tensor, t: float, h: float, inside: bool
 ) -> tuple[Tensor, list[Tensor], Tensor] | None:
-    """One step: its result, its stages and the embedded error over h; None where it cannot be compiled."""
+    """One step: its result, its stages and the embedded error over h; None where it cannot be compiled.
+
+    `inside`: whether there are outputs inside the step, which ask the stages for a gradient.
+    """
     times = torch.tensor([t + c * h for c in tableau.c], dtype=z.dtype, device=z.device)
     length = torch.tensor(h, dtype=z.dtype, device=z.device)
-    found: tuple[Tensor, list[Tensor], Tensor] | None = _run(f, _step, tableau, f.field, clock, z, k, times, length)
+    found: tuple[Tensor, list[Tensor], Tensor] | None = _run(
+        f, _step, tableau, f.field, clock, z, k, times, length, inside
+    )
     if found is not None:
         f.count(len(tableau.c) - 1)
     return found
