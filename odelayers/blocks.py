@@ -40,8 +40,8 @@ class ODEBlock(Block):
         on_failure: "raise", or "isolate" to solve the healthy rows without the failed ones.
         compile: whether torch.compile makes programs of the solve at its first calls, which takes half a minute: a
             fixed grid becomes one scan, an adaptive solve one loop in inference and a step with its own backward pass
-            in training. For small fields and the explicit Runge-Kutta methods with `Backprop()`; second derivatives
-            are refused by torch. Where torch.compile fails a warning says so, and the block is solved eagerly.
+            in training. For small fields and the explicit Runge-Kutta methods with `Backprop()`; `create_graph` and
+            `retain_graph` are refused by torch. Where torch.compile fails a warning says so, and the solve is eager.
 
     Raises:
         TypeError, ValueError: on a field, time, solver, gradient or pair of them that does not fit.

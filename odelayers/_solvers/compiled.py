@@ -5,7 +5,6 @@ from __future__ import annotations
 import types
 import warnings
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -41,6 +40,7 @@ class Programs:
     def __init__(self) -> None:
         # By program and grad mode; None for one that does not compile.
         self._made: dict[tuple[Callable[..., Any], bool], Callable[..., Any] | None] = {}
+        self._seen: set[tuple[Any, ...]] = set()  # the same with the sizes of the inputs, which are constants
 
     def __reduce__(self) -> Any:
         return Programs, ()
@@ -51,8 +51,7 @@ class Programs:
     def run(self, program: Callable[..., Any], name: str, *inputs: Any) -> Any:
         """The result of a program, None where it cannot be compiled."""
         key = program, torch.is_grad_enabled()
-        new = key not in self._made
-        if new:
+        if key not in self._made:
             # dynamo keeps what it compiles with the code object, a few per object: each block has its own. Sizes and
             # numbers are constants: symbols of them do not pass into the loop.
             own = types.FunctionType(program.__code__.replace(), program.__globals__, program.__name__)
@@ -60,10 +59,15 @@ class Programs:
         compiled = self._made[key]
         if compiled is None:
             return None
+        sizes = (*key, *(x.shape for x in inputs if isinstance(x, Tensor)))
         try:
-            # The backward pass is compiled at once too, so that its failure is met here and not in backward().
-            with functorch_config.patch(force_non_lazy_backward_lowering=True) if new else nullcontext():
+            if sizes in self._seen:
                 return compiled(*inputs)
+            # The backward pass is compiled at once too, so that its failure is met here and not in backward().
+            with functorch_config.patch(force_non_lazy_backward_lowering=True):
+                found = compiled(*inputs)
+            self._seen.add(sizes)
+            return found
         except Exception as error:  # said in the warning; a fault of the field itself comes again in the eager solve
             self._made[key] = None
             reason = " ".join(str(error).split())[:300]
