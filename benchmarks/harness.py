@@ -124,14 +124,16 @@ def arguments(options: argparse.ArgumentParser) -> argparse.Namespace:
     return args
 
 
-def missing() -> dict[str, str]:
-    """The peers that cannot be imported here, with the reason."""
+def missing(device: str = "cpu") -> dict[str, str]:
+    """The peers that cannot run here, with the reason."""
     found = {}
     for name in PEERS:
         try:
             import_module(name)
         except ImportError as error:
-            found[name] = str(error)
+            found[name] = f"not installed: {error}"
+    if "diffrax" not in found and (import_module("jax").default_backend() == "cpu") != (device == "cpu"):
+        found["diffrax"] = f"its jax does not run on {device}"
     return found
 
 
@@ -141,7 +143,7 @@ def machine(device: str = "cpu") -> dict[str, Any]:
     info = Path("/proc/cpuinfo")
     if info.exists():
         cpu = next((line.split(":")[1].strip() for line in info.read_text().splitlines() if "model name" in line), cpu)
-    absent = missing()
+    absent = missing(device)
     packages = ("odelayers", "torch", *(name for name in PEERS if name not in absent))
     gpu = f"GPU: {torch.cuda.get_device_name()}, driven by " if device == "cuda" else ""
     return {
@@ -189,6 +191,6 @@ def publish(name: str, title: str, table: Sequence[Row], args: argparse.Namespac
         error = "-" if row.error is None else f"{row.error:.1e}"
         lines.append(f"| {row.case} | {row.name} | {row.ms:.3g} | {row.ratio:.2f} | {nfe} | {error} |")
     if about["missing"]:
-        lines += ["", *(f"- Not installed: {peer}: {reason}." for peer, reason in about["missing"].items())]
+        lines += ["", *(f"- {peer}, {reason}." for peer, reason in about["missing"].items())]
     record = {"title": title, "command": command, "machine": about, "rows": [asdict(row) for row in table]}
     write(stem(name, args.device), lines, record, args.out)

@@ -43,11 +43,6 @@ def sine(t: Any, y: jax.Array, weights: Weights) -> jax.Array:
     return jnp.sin(-(y @ W.T + b))
 
 
-def runs_here(device: str) -> bool:
-    """Whether jax sees a device of the kind that the other rows run on."""
-    return (jax.default_backend() == "cpu") == (device == "cpu")
-
-
 def _array(x: Tensor) -> jax.Array:
     return jnp.asarray(x.detach().cpu().numpy())
 
