@@ -65,7 +65,8 @@ class Recorded(Stages):
     """Stages in a list, combined by plain operations: for methods of few stages, and for transforms and compilers."""
 
     def begin(self, y: Tensor) -> None:
-        self._y, self._stages = y, list[Tensor]()
+        self._y = y
+        self._stages: list[Tensor] = []
 
     def put(self, i: int, k: Tensor) -> None:
         self._stages.append(k)
@@ -230,7 +231,10 @@ class _Advance(torch.autograd.Function):
         pulls.receive(i, gradient)
         needed = ctx.needs_input_grad
         start = pulls.of_start() if i == 1 and needed[3] else None
-        return None, None, None, start, pulls.of_stage(i - 1, ctx.h) if needed[4] else None
+        stage = pulls.of_stage(i - 1, ctx.h) if needed[4] else None
+        if i == 1:  # the pass has left the step: gradients that are kept would keep their graph, and be kept by it
+            pulls.received = [None] * len(pulls.columns)
+        return None, None, None, start, stage
 
 
 def stages_like(tableau: Tableau, z: Tensor) -> Stages:
