@@ -100,7 +100,7 @@ def test_the_rows_that_fail_are_named_and_can_be_left_out(solver: Any) -> None:
 
 
 @settings(max_examples=20)
-@given(st.floats(-8.0, 8.0), st.sampled_from([Heun(60), RK4(60), Dopri5(), Tsit5(1e-8, 1e-8)]), st.booleans(), seeds)
+@given(st.floats(-8.0, 8.0), st.sampled_from([Heun(200), RK4(60), Dopri5(), Tsit5(1e-8, 1e-8)]), st.booleans(), seeds)
 def test_a_gradient_that_is_given_is_right(rate: float, solver: Any, double: bool, seed: int) -> None:
     """Contracting or expanding, in float32 or float64: refused, or within 10 % of the exact flow's gradient."""
     dtype = F64 if double else torch.float32
