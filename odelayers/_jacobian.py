@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -154,6 +155,7 @@ def _differentiate(
         into = [x]
         if in_time and isinstance(t, Tensor):
             t = t if further and t.requires_grad else _leaf(t)
+            t = t if x.is_leaf else _above(t, x)
             into.append(t)
         out = f(t, x)
         further = further and (z.requires_grad or _has_other_leaf(out, into))
@@ -181,6 +183,27 @@ def _differentiate(
 def _chunk(z: Tensor) -> int | None:
     """The number of outputs whose directions, shaped like z, fit the cache of a CPU; None (all) elsewhere."""
     return max(1, _CACHED // max(1, z.numel())) if z.device.type == "cpu" else None
+
+
+class _Above(torch.autograd.Function):
+    """t itself, in the graph above x though it does not depend on it.
+
+    autograd's search for a way to its inputs leaves out what lies below the lowest of them. With a leaf among them it
+    would walk through all that x was made from, at every step through the whole solve before it.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, t: Tensor, x: Tensor) -> Tensor:
+        return t.view_as(t)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient, None
+
+
+def _above(t: Tensor, x: Tensor) -> Tensor:
+    raised: Tensor = _Above.apply(t, x)  # type: ignore[no-untyped-call]
+    return raised
 
 
 def _leaf(x: Tensor) -> Tensor:
