@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from odelayers import MLP, RK4, Dopri5, ODEBlock, jacobian
 
@@ -42,6 +42,36 @@ def test_vmap_over_adaptive_steps_is_refused_with_the_remedy(z: Tensor) -> None:
         torch.func.vmap(lambda x: adaptive(x[None])[0])(z)
     with pytest.raises(RuntimeError, match=r"Dopri5.*vmap.*use a fixed grid such as RK4"):
         torch.func.vmap(torch.func.jacrev(lambda x: adaptive(x[None])[0]))(z)
+
+
+# The Jacobian of the first is known in closed form.
+@pytest.mark.parametrize("f", [nn.Sequential(nn.Linear(4, 4), nn.Tanh()), MLP(4, (8,))], ids=["chain", "MLP"])
+def test_transforms_of_a_jacobian_work_or_are_refused_with_the_remedy(f: nn.Module, z: Tensor) -> None:
+    """In reverse mode with respect to z they give the gradient of autograd; all others say what to do instead."""
+    f, func = f.double(), torch.func
+
+    def size(z: Tensor) -> Tensor:
+        return jacobian(f, z).square().sum()
+
+    def size_of_one(row: Tensor) -> Tensor:
+        return size(row[None])
+
+    def by_parameters(p: dict[str, Tensor]) -> Tensor:
+        return jacobian(lambda x: func.functional_call(f, p, (x,)), z).sum()
+
+    x = z.clone().requires_grad_()
+    (wanted,) = torch.autograd.grad(size(x), x)
+    for found in (func.grad(size)(z), func.jacrev(size)(z), func.vjp(size, z)[1](torch.ones_like(z[0, 0]))[0]):
+        assert torch.equal(found, wanted)
+    for refused in (
+        lambda: func.vmap(size_of_one)(z),
+        lambda: func.vmap(func.grad(size_of_one))(z),
+        lambda: func.jvp(size, (z,), (z,)),
+        lambda: func.jacfwd(size)(z),
+        lambda: func.grad(by_parameters)(dict(f.named_parameters())),
+    ):
+        with pytest.raises(RuntimeError, match=r"jacobian under a torch\.func transform.*jacobian\(f, z\)"):
+            refused()
 
 
 def test_an_exported_block_gives_the_same_numbers(z: Tensor) -> None:
