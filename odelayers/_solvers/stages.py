@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._guards import detect_fake_mode
 from torch.autograd import forward_ad
 
 from odelayers._evaluator import traced
@@ -21,7 +22,7 @@ Row = tuple[float, ...]
 
 def _vectors(rows: tuple[Row, ...], dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
     """Rows of a tableau as vectors, made once; compilers and export make tensors of their own kind each time."""
-    if traced() or torch._C._len_torch_dispatch_stack():
+    if traced() or (torch._C._len_torch_dispatch_stack() and detect_fake_mode()):
         return _new_vectors(rows, dtype, device)
     return _kept_vectors(rows, dtype, device)
 
