@@ -11,7 +11,7 @@ from torch import Tensor
 
 from odelayers._field import Field, tensors
 
-__all__ = ["Evaluator", "OnCall", "traced", "transformed", "vmapped"]
+__all__ = ["Evaluator", "OnCall", "readable", "traced", "transformed", "vmapped"]
 
 OnCall = Callable[[], None]
 
@@ -24,6 +24,16 @@ def transformed() -> bool:
 def traced() -> bool:
     """Whether torch.compile, export or a torch.func transform is looking: then values cannot be read on the host."""
     return torch.compiler.is_compiling() or transformed()
+
+
+def readable(z: Tensor) -> bool:
+    """Whether values like z's can be read on the host: not when traced, nor while a CUDA graph is captured."""
+    return not (traced() or capturing(z))
+
+
+def capturing(z: Tensor) -> bool:
+    """Whether a CUDA graph is being captured on z's device."""
+    return z.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def vmapped(z: Tensor) -> bool:
@@ -85,7 +95,7 @@ class Evaluator:
         self.nfe += 1
         for notify in self.on_call:
             notify()
-        if self.nfe <= 2 and not traced():
+        if self.nfe <= 2 and readable(z):
             return self._first(t, z) if self.nfe == 1 else self._second(t, z)
         return self._plain(t, z)
 
