@@ -140,7 +140,8 @@ def test_the_jumps_of_one_row_do_not_slow_the_others() -> None:
     steps = [s.stats.accepted + s.stats.rejected for s in alone]
     assert whole.stats.accepted + whole.stats.rejected <= max(steps) + 5
     assert sum(steps) > 4 * max(steps)
-    assert whole.stats.steps.tolist() == [s.stats.accepted for s in alone] and len(set(whole.stats.steps.tolist())) > 1
+    taken = torch.tensor([s.stats.accepted for s in alone])
+    assert (whole.stats.steps - taken).abs().max() <= 2 < taken.max() - taken.min()
     assert sum(s.stats.rejected for s in alone) < 0.25 * sum(steps)  # a control that looks back would have a third
     assert ((whole.final - torch.cat([s.final for s in alone])) / whole.final).abs().max() < 1e-6
 
