@@ -118,6 +118,17 @@ def test_export_leaves_nothing_behind_that_a_block_cannot_use(strict: bool, z: T
     untouched(lambda flow: torch.export.export(flow, (z,), strict=strict), RK4(steps=4), z)
 
 
+@pytest.mark.parametrize("solver", [RK4(steps=16), Dopri5(1e-10, 1e-10)], ids=repr)
+def test_an_end_time_has_a_forward_mode_derivative(solver: RK4 | Dopri5, z: Tensor) -> None:
+    """A scalar end time under jvp or as a dual number moves the end state by the field there."""
+    flow, t1 = block(solver), torch.tensor(1.0, dtype=torch.float64)
+    along = torch.func.jvp(lambda t: flow(z, t1=t), (t1,), (torch.ones_like(t1),))[1]
+    with forward_ad.dual_level():
+        dual = forward_ad.unpack_dual(flow(z, t1=forward_ad.make_dual(t1, torch.ones_like(t1)))).tangent
+    expected = flow.f(flow(z))
+    assert (along - expected).abs().max() < 1e-5 and (dual - along).abs().max() < 1e-12
+
+
 @pytest.mark.parametrize(
     "solver", [Heun(steps=4), RK4(steps=4), Dopri5(), Tsit5(), Dopri5(batch="independent")], ids=repr
 )
