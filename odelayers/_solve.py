@@ -133,8 +133,8 @@ def solve(problem: Problem, solver: Solver, gradient: Gradient, isolate: bool) -
     """Solve; with `isolate`, failed rows are NaN and the others as if alone."""
     if gradient.evaluates_again and dual() and torch.is_grad_enabled():
         raise RuntimeError(
-            f"field {problem.field.name}: {gradient!r} evaluates the field again and knows no forward mode: tangents of "
-            f"torch.autograd.forward_ad would be lost; use gradient=Backprop()"
+            f"field {problem.field.name}: {gradient!r} evaluates the field again and knows no forward mode: tangents "
+            f"of torch.autograd.forward_ad would be lost; use gradient=Backprop()"
         )
     batch, device = problem.z0.shape[0], problem.z0.device
     status = torch.zeros(batch, dtype=torch.long, device=device)
