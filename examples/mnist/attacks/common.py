@@ -105,7 +105,7 @@ def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def _dlr(logits: Tensor, labels: Tensor) -> Tensor:
-    """The margin over the gap from the first to the third logit: rescaling logits changes nothing (Croce, Hein 2020)."""
+    """The margin over the gap from the first to the third logit: rescaling changes nothing (Croce and Hein 2020)."""
     if logits.shape[-1] < 3:
         raise ValueError(f"the dlr loss compares with the third largest logit: expected >= 3, got {logits.shape[-1]}")
     top = logits.topk(3, dim=-1).values

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .common import (  # fmt: skip
+from .common import (
     LOSSES,
     Best,
     Method,

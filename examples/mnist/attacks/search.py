@@ -50,14 +50,15 @@ class SimBA(Method):
     """Try a step along each vector of an orthonormal basis in random order, then the step back; keep what is better.
 
     The basis is "pixel" or "dct", of which the share `lowest` of the frequencies along each axis is used. A step has
-    length `rate * eps` in the threat's norm; where the published method ends, with the basis, the next pass takes half
-    the step. What leaves the ball is projected onto it (the original has no ball), and the margin takes the place of
-    the right class's probability, which float32 rounds to 1 on confident models. Asks at most `2 * steps` times.
+    length `rate * eps` in the threat's norm; "pixel" at rate 1 under L-inf puts each pixel at an end of its interval.
+    Where the published method ends, with the basis, the next pass takes half the step. What leaves the ball is
+    projected onto it (the original has no ball), and the margin takes the place of the right class's probability,
+    which float32 rounds to 1 on confident models. Asks at most `2 * steps` times.
 
     Source: Guo et al., Simple Black-box Adversarial Attacks, ICML 2019.
     """
 
-    basis: str = "pixel"
+    basis: str = "dct"
     steps: int = 1000
     rate: float = 0.2
     lowest: float = 0.5

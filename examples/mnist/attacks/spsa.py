@@ -31,7 +31,7 @@ class SPSA(Method):
     steps: int = 100
     samples: int = 128
     delta: float = 0.01
-    rate: float = 4.0
+    rate: float = 8.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
