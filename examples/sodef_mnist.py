@@ -13,13 +13,15 @@ import argparse
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
 from mnist.data import DataError, load
-from mnist.presets import PRESETS
+from mnist.presets import PRESETS, Preset
 from mnist.report import write_report
-from mnist.study import run, usable_device
+from mnist.runner import run
+from mnist.study import Study, usable_device
 
 
 def _whole(least: int) -> Callable[[str], int]:
@@ -43,8 +45,10 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
         "default: $ODELAYERS_MNIST, else the cache folder, else a download",
     )
     parser.add_argument(
-        "--seed", type=_whole(0), default=0, help="seed of weights, order, noise and attacks (default: 0)"
+        "--seed", type=_whole(0), default=0, help="first seed of weights, order, noise and attacks (default: 0)"
     )
+    parser.add_argument("--jobs", type=_whole(1), default=1, help="processes that share the work (default: 1)")
+    parser.add_argument("--budget", type=float, metavar="MINUTES", help="begin nothing new after so many minutes")
     parser.add_argument("--device", default="cpu", help="torch device (default: cpu)")
     # The operations are small: a second thread gains little, loses much as soon as another process wants its core, and
     # changes the last digits. One thread gives the same numbers on every machine of a kind.
@@ -60,20 +64,34 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     return given
 
 
+def make(preset: Preset, where: str | None, out: Path, seed: int, device: torch.device, threads: int) -> Study:
+    """The study of one process."""
+    torch.set_num_threads(threads)
+    return Study(preset, load(where, say=lambda text: None), out, seed, device)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run the study; returns the exit status."""
     given, started = arguments(argv), time.perf_counter()
-    torch.set_num_threads(given.threads)
     try:
         data = load(given.data)
     except DataError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    for text in (data.banner, PRESETS[given.preset].warning):
+    preset = PRESETS[given.preset]
+    for text in (data.banner, preset.warning):
         if text:
             print(f"*** {text} ***")
+    about = {
+        "preset": preset.name,
+        "warning": preset.warning,
+        "data": data.name,
+        "banner": data.banner,
+        "seed": given.seed,
+    }
+    study = partial(make, preset, given.data, given.out, given.seed, given.device, given.threads)
     try:
-        run(PRESETS[given.preset], data, given.out, given.seed, given.device)
+        run(study, preset, about, given.out, jobs=given.jobs, minutes=given.budget)
     except KeyboardInterrupt:
         print(f"\nstopped; the same command goes on from what is in {given.out}", file=sys.stderr)
         return 130

@@ -87,6 +87,12 @@ class Block:
     p: float = 0.0
     staircase: float = 0.1
 
+    @property
+    def routes(self) -> tuple[str | float, ...]:
+        """The ways around the block's own gradient: the identity, and for a solver a tenth of the end time."""
+        solves = self.kind in ("ode", "sde")
+        return () if self.kind == "none" else (IDENTITY, self.t1 / 10) if solves else (IDENTITY,)
+
     def build(self) -> nn.Module:
         """The block itself, with fresh weights.
 
@@ -128,9 +134,8 @@ class Classifier(nn.Module):
 
     @property
     def routes(self) -> tuple[str | float, ...]:
-        """The ways around the block's own gradient: the identity, and for a solver a tenth of the end time."""
-        solves = self.spec.kind in ("ode", "sde")
-        return () if self.spec.kind == "none" else (IDENTITY, self.spec.t1 / 10) if solves else (IDENTITY,)
+        """The ways around the block's own gradient."""
+        return self.spec.routes
 
     def end(self, z: Tensor, generator: torch.Generator | None = None, t1: float | None = None) -> Tensor:
         """The block's end state (B, 64) from `z`; noise comes from `generator`, and `t1` replaces the end time."""

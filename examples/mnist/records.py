@@ -19,7 +19,7 @@ import odelayers
 
 __all__ = ["Record", "Records", "fingerprint", "read", "save_weights", "write"]
 
-FORMAT = 1  # raise it when a stage's result changes its meaning: older records are then computed again
+FORMAT = 2  # raise it when a stage's result changes its meaning: older records are then computed again
 
 
 class Record(dict[str, Any]):
@@ -48,14 +48,9 @@ class Records:
     record and computes again; nothing is reused silently and nothing is overwritten.
     """
 
-    def __init__(self, out: Path, stages: int, say: Callable[[str], None] = print) -> None:
+    def __init__(self, out: Path) -> None:
         self.folder = out / "records"
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.stages, self.done, self._say = stages, 0, say
-
-    def say(self, text: str) -> None:
-        """Report on the stage at hand, by its number."""
-        self._say(f"[{self.done + 1}/{self.stages}] {text}")
 
     def stage(self, name: str, config: Mapping[str, Any], compute: Callable[[Path], dict[str, Any]]) -> Record:
         """The record of a stage, read if it is there, else computed and written.
@@ -66,12 +61,7 @@ class Records:
         key = fingerprint({"format": FORMAT, "versions": _results_depend_on(), "config": config})
         path = self.folder / f"{name}-{key}.json"
         if path.exists():
-            record = read(path)
-            self.say(f"{name}: already done ({record['seconds']:.1f} s then)")
-            self.done += 1
-            return record
-        if earlier := sorted(self.folder.glob(f"{name}-{'?' * len(key)}.json")):
-            self.say(f"{name}: {len(earlier)} record(s) of another configuration are left alone; computing this one")
+            return read(path)
         started = time.perf_counter()
         result = compute(path.with_suffix(".pt"))
         seconds = time.perf_counter() - started
@@ -80,8 +70,6 @@ class Records:
             finished=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), **provenance(),
         )  # fmt: skip
         write(path, record)
-        self.say(f"{name}: {seconds:.1f} s")
-        self.done += 1
         return record
 
     def weights(self, record: Record) -> Path:
