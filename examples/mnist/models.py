@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -9,13 +10,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import relu
 
-from odelayers import Dopri5, DropoutSDEBlock, EulerMaruyama, ODEBlock, SineField, simplex_head
+from odelayers import Adjoint, Dopri5, DropoutSDEBlock, EulerMaruyama, ODEBlock, SineField, simplex_head
 
 __all__ = ["Block", "Classifier", "Features", "attacked", "surrogate"]
 
 DIM = 64
 CLASSES = 10
-IDENTITY = "identity"
+IDENTITY, ADJOINT = "identity", "adjoint"
+ANY_DRIFT = Adjoint(max_drift=1e30)  # an attack may follow a wrong gradient: what it finds is judged on the model
 
 
 class Residual(nn.Module):
@@ -87,12 +89,6 @@ class Block:
     p: float = 0.0
     staircase: float = 0.1
 
-    @property
-    def routes(self) -> tuple[str | float, ...]:
-        """The ways around the block's own gradient: the identity, and for a solver a tenth of the end time."""
-        solves = self.kind in ("ode", "sde")
-        return () if self.kind == "none" else (IDENTITY, self.t1 / 10) if solves else (IDENTITY,)
-
     def build(self) -> nn.Module:
         """The block itself, with fresh weights.
 
@@ -134,8 +130,13 @@ class Classifier(nn.Module):
 
     @property
     def routes(self) -> tuple[str | float, ...]:
-        """The ways around the block's own gradient."""
-        return self.spec.routes
+        """The ways around the block's own gradient.
+
+        They are the identity, for a solver a tenth of the end time, and the adjoint where the solver has one.
+        """
+        if self.spec.kind not in ("ode", "sde"):
+            return () if self.spec.kind == "none" else (IDENTITY,)
+        return (IDENTITY, self.spec.t1 / 10, *([ADJOINT] if ANY_DRIFT.accepts(self.block.solver) else []))
 
     def end(self, z: Tensor, generator: torch.Generator | None = None, t1: float | None = None) -> Tensor:
         """The block's end state (B, 64) from `z`; noise comes from `generator`, and `t1` replaces the end time."""
@@ -161,13 +162,23 @@ def attacked(model: Classifier, draws: int, generator: torch.Generator) -> Calla
 def surrogate(
     model: Classifier, route: str | float, draws: int, generator: torch.Generator
 ) -> Callable[[Tensor], Tensor]:
-    """The same logits with another gradient: as if the block were the identity, or ended at time `route`."""
+    """The same logits with the adjoint's gradient, or as if the block were the identity or ended at time `route`.
+
+    Raises:
+        ValueError: the route is the adjoint, and the block's solver has none.
+    """
+    block = copy.copy(model.block)  # the same field and weights
+    if route == ADJOINT:
+        if not ANY_DRIFT.accepts(block.solver):
+            raise ValueError(f"surrogate: {block.solver!r} has no adjoint; take one of the routes {model.routes}")
+        block.gradient = ANY_DRIFT
 
     def logits(x: Tensor) -> Tensor:
         z = _draws(model, model.features(x), draws)
         with torch.no_grad():
             end = model.end(z, generator)
-        detour = z if route == IDENTITY else model.end(z, generator, t1=float(route))
+        t1 = None if route == ADJOINT else route
+        detour = z if route == IDENTITY else block.solve(z, t1=t1, generator=generator).final
         return _shaped(model, model.head(detour + (end - detour).detach()), len(x))
 
     return logits

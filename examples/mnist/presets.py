@@ -49,8 +49,8 @@ class Group:
     def covers(self, model: Model, threat: Threat) -> bool:
         """Whether this model is attacked so within this threat."""
         named = (self.models is None or model.name in self.models) and model.name not in self.sources
-        around = self.gradient != "around" or model.block.routes
-        return bool(named and around and (self.threats is None or str(threat) in self.threats))
+        around = self.gradient != "around" or model.block.kind != "none"
+        return named and around and (self.threats is None or str(threat) in self.threats)
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,8 @@ class AutoAttack(Method):
     """AutoAttack's version "standard", or "rand" for a model that draws noise.
 
     The library averages gradients over 20 passes of its own and wants logits (B, classes), so a noisy model best draws
-    once per call; of several draws it is given the mean logits.
+    once per call; of several draws it is given the mean logits. What it does not break (under noise: in the one draw
+    that it judges by) comes back as it was.
 
     Source: Croce and Hein, Reliable evaluation of adversarial robustness, ICML 2020; the library pyautoattack.
     """

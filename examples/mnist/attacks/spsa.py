@@ -11,7 +11,7 @@ from .common import Best, Method, Model, Threat, Tick, ascent, check_finite, mar
 
 __all__ = ["SPSA"]
 
-CHUNK = 2048  # images asked at once: more gains nothing and takes memory
+CHUNK = {"cpu": 512, "cuda": 8192}  # images asked at once: on a CPU 2048 were a third slower, as they leave the cache
 FIRST, SECOND = 0.9, 0.999  # Adam's decay of the two moments
 
 
@@ -81,7 +81,7 @@ class SPSA(Method):
     @torch.no_grad()
     def _estimate(self, model: Model, x: Tensor, labels: Tensor, draws: int, generator: torch.Generator) -> Tensor:
         total, flat = torch.zeros_like(x.flatten(1)), x.flatten(1)
-        most = max(1, CHUNK // (2 * draws))  # signs asked about at once, over all rows
+        most = max(1, CHUNK.get(x.device.type, 512) // (2 * draws))  # signs asked about at once, over all rows
         for part in torch.arange(len(x), device=x.device).split(most):
             once = max(1, most // len(part))
             for start in range(0, self.samples, once):
