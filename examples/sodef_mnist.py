@@ -33,6 +33,16 @@ def _whole(least: int) -> Callable[[str], int]:
     return whole
 
 
+def _minutes(text: str) -> float:
+    try:
+        minutes = float(text)
+    except ValueError:
+        minutes = -1.0
+    if not 0 <= minutes < float("inf"):
+        raise argparse.ArgumentTypeError(f"expected a number of minutes >= 0, got {text!r}")
+    return minutes
+
+
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """What the command line says."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -48,7 +58,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
         "--seed", type=_whole(0), default=0, help="first seed of weights, order, noise and attacks (default: 0)"
     )
     parser.add_argument("--jobs", type=_whole(1), default=1, help="processes that share the work (default: 1)")
-    parser.add_argument("--budget", type=float, metavar="MINUTES", help="begin nothing new after so many minutes")
+    parser.add_argument("--budget", type=_minutes, metavar="MINUTES", help="begin nothing new after so many minutes")
     parser.add_argument("--device", default="cpu", help="torch device (default: cpu)")
     # The operations are small: a second thread gains little, loses much as soon as another process wants its core, and
     # changes the last digits. One thread gives the same numbers on every machine of a kind.

@@ -10,8 +10,8 @@ from scipy.stats import binomtest
 
 from examples.mnist import data
 from examples.mnist.attacks import input_gradient
-from examples.mnist.evaluation import _worst, holm, mcnemar, wilson
 from examples.mnist.models import Block, Classifier, attacked, surrogate
+from examples.mnist.scores import Scores, holm, mcnemar, wilson, worst
 from odelayers import Adjoint, Backprop, GradientError, ODEBlock
 
 DIGITS = data.load("digits").test
@@ -116,8 +116,10 @@ def test_intervals_and_tests_are_the_textbooks():
     assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
 
 
-def test_the_worst_case_is_chosen_sample_by_sample():
-    """Of several attacks' images, each sample keeps those with the lowest share of right answers."""
-    first = torch.tensor([1.0, 0.0, 0.5]), torch.zeros(3, 1, 2, 2)
-    second = torch.tensor([0.0, 1.0, 0.25]), torch.ones(3, 1, 2, 2)
-    assert _worst([first, second])[:, 0, 0, 0].tolist() == [1.0, 0.0, 1.0]
+def test_the_worst_case_is_chosen_by_draws_that_do_not_count():
+    """Each sample keeps the scores of the attack that looked worst, also where those are better than another's."""
+    first = Scores(4, (4, 0, 3), (True, False, True), (3, 0, 2))
+    second = Scores(4, (1, 4), (False, True), (1, 4))
+    assert worst([first, second]) == Scores(4, (1, 0, 3), (False, False, True), (1, 0, 2))
+    lucky = Scores(4, (2, 2, 2), (True, True, True), (0, 1, 3))
+    assert worst([first, lucky]) == Scores(4, (2, 0, 3), (True, False, True), (0, 0, 2))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -51,20 +52,21 @@ class Study:
         spec, seed = self.preset.model(cell.model), self.seed + cell.seed
         start = next((self.do_training(need) for need in needs(self.preset, cell)), None)
 
-        def compute(weights: Path) -> dict[str, Any]:
-            torch.manual_seed(seed)  # the fresh weights
-            model = self.build(spec, start)
-            log = train(model, self.data, spec.phases, spec.regularised, seed, cell.name)
-            save_weights(weights, model)
-            noise = torch.Generator(self.device).manual_seed(seed)
-            reached = judge(model, self.data.validation, 1, noise).mean
-            count = sum(p.numel() for p in model.parameters())
-            return {"epochs": log, "steps": sum(e["steps"] for e in log), "validation": reached, "parameters": count}
-
         config = {**self.common, "seed": seed, "model": asdict(spec), "start": start and start.key}
         del config["model"]["seeds"]  # how many others there are says nothing of this one
+        compute = partial(self._train, spec, start, seed, cell.name)
         self.trained[cell.model, cell.seed] = self.records.stage(cell.name, config, compute)
         return self.trained[cell.model, cell.seed]
+
+    def _train(self, spec: Model, start: Record | None, seed: int, what: str, weights: Path) -> dict[str, Any]:
+        torch.manual_seed(seed)  # the fresh weights
+        model = self.build(spec, start)
+        log = train(model, self.data, spec.phases, spec.regularised, seed, what)
+        save_weights(weights, model)
+        noise = torch.Generator(self.device).manual_seed(seed)
+        reached = judge(model, self.data.validation, 1, noise).mean
+        count = sum(p.numel() for p in model.parameters())
+        return {"epochs": log, "steps": sum(e["steps"] for e in log), "validation": reached, "parameters": count}
 
     def build(self, spec: Model, weights: Record | None) -> Classifier:
         """The model with the weights of a record, as far as they go: a block that the record lacks stays fresh."""
