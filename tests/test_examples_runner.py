@@ -73,7 +73,9 @@ def test_a_model_that_diverged_takes_its_descendants_with_it_and_nothing_else(di
     monkeypatch.setattr(
         study.Study,
         "_train",
-        lambda self, spec, *rest: {"diverged": "loss inf"} if spec.name == "M3" else train(self, spec, *rest),
+        lambda self, model, spec, *rest: (
+            {"diverged": "loss inf"} if spec.name == "M3" else train(self, model, spec, *rest)
+        ),
     )
     run(tmp_path, digits)
     found = json.loads((tmp_path / "run.json").read_text())["cells"]

@@ -57,7 +57,9 @@ def test_a_study_that_is_killed_at_every_stage_ends_with_the_same_numbers(digits
     monkeypatch.setattr(
         records.Records,
         "stage",
-        lambda self, name, config, f: compute(self, name, config, lambda path: computed.append(name) or f(path)),
+        lambda self, name, config, f, save=None: compute(
+            self, name, config, lambda: computed.append(name) or f(), save
+        ),
     )
     for _ in range(len(PLAN) + 1):
         with pytest.raises(Killed):
@@ -92,18 +94,18 @@ def test_a_broken_record_is_an_error_that_names_it(tmp_path):
     """What is no JSON is not computed over in silence."""
     (tmp_path / "records").mkdir()
     keeper = records.Records(tmp_path)
-    record = keeper.stage("one", {"a": 1}, lambda weights: {"x": 2})
+    record = keeper.stage("one", {"a": 1}, lambda: {"x": 2})
     path = tmp_path / "records" / record.file
     path.write_text("{")
     with pytest.raises(RuntimeError, match=re.escape(str(path))):
-        keeper.stage("one", {"a": 1}, lambda weights: {"x": 2})
+        keeper.stage("one", {"a": 1}, lambda: {"x": 2})
 
 
 def test_the_key_of_a_record_covers_its_configuration(tmp_path):
     """Any change of the configuration, and only that, changes the key; results are computed once per key."""
     keeper, calls = records.Records(tmp_path), []
     for config in ({"a": 1, "b": [1, 2]}, {"b": (1, 2), "a": 1}, {"a": 1, "b": [2, 1]}, {"a": 1.5, "b": [1, 2]}):
-        keeper.stage("one", config, lambda weights, config=config: calls.append(config) or {})
+        keeper.stage("one", config, lambda config=config: calls.append(config) or {})
     assert len(calls) == 3
 
 

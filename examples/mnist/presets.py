@@ -139,8 +139,11 @@ RADII = (("l2", (0.25, 0.5, 1.0, 1.5, 2.0, 3.0, 5.0)), ("linf", (0.02, 0.05, 0.1
 
 
 def _groups(images: int | None, few: int, steps: int, restarts: int, queries: int) -> tuple[Group, ...]:
-    """White-box, bypass and transfer on `images`, black-box on the first `few`."""
-    pgd = tuple(PGD(loss, steps, restarts) for loss in ("ce", "margin", "dlr"))
+    """White-box, bypass and transfer on `images`, black-box on the first `few`.
+
+    Steps of a quarter of the radius find more than short ones where many are taken, and less where few are.
+    """
+    pgd = (PGD("ce", steps, restarts), *(PGD(loss, steps, restarts, rate=steps / 4) for loss in ("margin", "dlr")))
     black = (Square(queries), SPSA(steps=max(2, queries // 250)), SimBA(steps=queries // 2))
     return (
         Group("white-box", (FGSM, *pgd), images),

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_model
 
 import odelayers
 
@@ -51,30 +52,42 @@ class Records:
     def __init__(self, out: Path) -> None:
         self.folder = out / "records"
         self.folder.mkdir(parents=True, exist_ok=True)
+        self.writes = True  # of several ranks that compute a stage together, one writes
 
-    def stage(self, name: str, config: Mapping[str, Any], compute: Callable[[Path], dict[str, Any]]) -> Record:
+    def stage(
+        self,
+        name: str,
+        config: Mapping[str, Any],
+        compute: Callable[[], dict[str, Any]],
+        save: Callable[[Path], None] | None = None,
+    ) -> Record:
         """The record of a stage, read if it is there, else computed and written.
 
-        `compute` is given a path at which it may save weights; they belong to the record.
+        `save`, called when all is computed, keeps weights that belong to the record; where they are missing, the stage
+        is computed again.
         """
         config = json.loads(json.dumps(config, default=_plain))
         key = fingerprint({"format": FORMAT, "versions": _results_depend_on(), "config": config})
         path = self.folder / f"{name}-{key}.json"
-        if path.exists():
+        weights = path.with_suffix(".safetensors")
+        if path.exists() and (save is None or weights.exists()):
             return read(path)
         started = time.perf_counter()
-        result = compute(path.with_suffix(".pt"))
+        result = compute()
         seconds = time.perf_counter() - started
         record = Record(
             stage=name, key=key, config=config, result=result, seconds=round(seconds, 3),
             finished=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), **provenance(),
         )  # fmt: skip
-        write(path, record)
+        if self.writes:
+            if save is not None:
+                save(weights)
+            write(path, record)
         return record
 
     def weights(self, record: Record) -> Path:
         """Where the weights of a record lie."""
-        return (self.folder / record.file).with_suffix(".pt")
+        return (self.folder / record.file).with_suffix(".safetensors")
 
 
 def fingerprint(config: Mapping[str, Any]) -> str:
@@ -106,10 +119,10 @@ def write(path: Path, content: Mapping[str, Any]) -> None:
     os.replace(partial, path)
 
 
-def save_weights(path: Path, model: torch.nn.Module) -> None:
+def save_weights(model: torch.nn.Module, path: Path) -> None:
     """Save a model's state the same way."""
     partial = path.with_name(f"{path.name}.{os.getpid()}.part")
-    torch.save(model.state_dict(), partial)
+    save_model(model, str(partial))
     os.replace(partial, path)
 
 

@@ -10,6 +10,8 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
+
 from .cells import Cell, needs, plan
 from .presets import Preset
 from .records import Record, write
@@ -26,6 +28,7 @@ class _Ledger:
 
     def __init__(self, preset: Preset, about: dict[str, Any], out: Path) -> None:
         self.preset, self.cells, self.out, self.about = preset, plan(preset), out, about
+        self.silent = dist.is_initialized() and dist.get_rank() > 0  # of several ranks, the first keeps the ledger
         self.files: dict[Cell, str] = {}
         self.lost: dict[Cell, str] = {}
 
@@ -56,6 +59,8 @@ class _Ledger:
             }
             for cell in self.cells
         ]  # fmt: skip
+        if self.silent:
+            return
         first, second, threat = self.preset.primary
         write(self.out / "run.json", {**self.about, "primary": [first, second, str(threat)], "cells": cells})
 
@@ -78,7 +83,8 @@ def run(
     out.mkdir(parents=True, exist_ok=True)
     ledger, started = _Ledger(preset, about, out), time.monotonic()
     left = lambda: minutes is None or time.monotonic() - started < 60 * minutes  # noqa: E731
-    for done, (cell, record) in enumerate((_alone if jobs == 1 else _together)(make, ledger, jobs, left), 1):
+    way = _ranks if dist.is_initialized() else _alone if jobs == 1 else _together
+    for done, (cell, record) in enumerate(way(make, ledger, jobs, left), 1):
         ledger.add(cell, record)
         minutes_gone = (time.monotonic() - started) / 60
         say(f"[{done}/{len(ledger.cells)}, {minutes_gone:.1f} min] {cell.name}: {record['seconds']:.1f} s")
@@ -99,6 +105,31 @@ def _alone(make: Make, ledger: _Ledger, jobs: int, left: Callable[[], bool]) -> 
             return
         if ledger.reason(cell) is None:
             yield cell, study.do(cell)
+
+
+def _ranks(make: Make, ledger: _Ledger, jobs: int, left: Callable[[], bool]) -> Done:
+    """Under torchrun: every training by all ranks together, the other cells shared out among them.
+
+    A barrier parts a training from the next, so that no rank sees the record of one that another is still about.
+    """
+    study, rank, ranks = make(), dist.get_rank(), dist.get_world_size()
+    study.records.writes = rank == 0
+    for cell in ledger.cells:
+        if cell.kind == "train" and ledger.reason(cell) is None:
+            dist.barrier()
+            yield cell, study.do(cell)
+    dist.barrier()
+    study.records.writes = True
+    rest = [cell for cell in ledger.cells if cell.kind != "train" and ledger.reason(cell) is None]
+    mine = []
+    for cell in rest[rank::ranks]:
+        if left():
+            mine.append((cell, study.do(cell)))
+            yield mine[-1]
+    found: list[list[tuple[Cell, Record]]] = [[] for _ in range(ranks)]
+    dist.all_gather_object(found, mine)
+    for theirs in found[1:] if rank == 0 else []:
+        yield from theirs
 
 
 def _together(make: Make, ledger: _Ledger, jobs: int, left: Callable[[], bool]) -> Done:

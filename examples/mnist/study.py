@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 
 from odelayers import SineField
 
@@ -54,15 +55,16 @@ class Study:
 
         config = {**self.common, "seed": seed, "model": asdict(spec), "start": start and start.key}
         del config["model"]["seeds"]  # how many others there are says nothing of this one
-        compute = partial(self._train, spec, start, seed, cell.name)
-        self.trained[cell.model, cell.seed] = self.records.stage(cell.name, config, compute)
-        return self.trained[cell.model, cell.seed]
-
-    def _train(self, spec: Model, start: Record | None, seed: int, what: str, weights: Path) -> dict[str, Any]:
         torch.manual_seed(seed)  # the fresh weights
         model = self.build(spec, start)
+        compute = partial(self._train, model, spec, seed, cell.name)
+        self.trained[cell.model, cell.seed] = self.records.stage(
+            cell.name, config, compute, partial(save_weights, model)
+        )
+        return self.trained[cell.model, cell.seed]
+
+    def _train(self, model: Classifier, spec: Model, seed: int, what: str) -> dict[str, Any]:
         log = train(model, self.data, spec.phases, spec.regularised, seed, what)
-        save_weights(weights, model)
         noise = torch.Generator(self.device).manual_seed(seed)
         reached = judge(model, self.data.validation, 1, noise).mean
         count = sum(p.numel() for p in model.parameters())
@@ -72,7 +74,7 @@ class Study:
         """The model with the weights of a record, as far as they go: a block that the record lacks stays fresh."""
         model = Classifier(self.preset.widths, spec.block).to(self.device)
         if weights:
-            state = torch.load(self.records.weights(weights), map_location=self.device, weights_only=True)
+            state = load_file(self.records.weights(weights), device=str(self.device))
             missing, unexpected = model.load_state_dict(state, strict=False)
             strange = [name for name in (*missing, *unexpected) if not name.startswith("block.")]
             if strange:
@@ -88,7 +90,7 @@ class Study:
         return self.records.stage(
             cell.name,
             config,
-            lambda _: clean_cell(self.load(cell.model, cell.seed), self.data.test, draws, config["seed"]),
+            lambda: clean_cell(self.load(cell.model, cell.seed), self.data.test, draws, config["seed"]),
         )
 
     def _attack(self, cell: Cell, config: dict[str, Any]) -> Record:
@@ -101,7 +103,7 @@ class Study:
         config["sources"] = [self.trained[need.model, need.seed].key for need in sources]
         images = self.data.test.first(group.images)
 
-        def compute(_: Path) -> dict[str, Any]:
+        def compute() -> dict[str, Any]:
             others = {need.model: self.load(need.model, need.seed) for need in sources}
             model = self.load(cell.model, cell.seed)
             return attack_cell(model, images, threat, group, suite, others, config["seed"], cell.name)
@@ -115,14 +117,14 @@ class Study:
         return self.records.stage(
             cell.name,
             config,
-            lambda _: probe_cell(self.load(cell.model, cell.seed), images, suite, config["seed"], cell.name),
+            lambda: probe_cell(self.load(cell.model, cell.seed), images, suite, config["seed"], cell.name),
         )
 
     def _spectra(self, cell: Cell, config: dict[str, Any]) -> Record:
         """Eigenvalues at the same training points: of the trained field, and of one untrained at its states."""
         config["points"] = count = self.preset.spectrum_points
 
-        def compute(_: Path) -> dict[str, Any]:
+        def compute() -> dict[str, Any]:
             choice = torch.Generator().manual_seed(config["seed"])
             points = torch.randperm(len(self.data.train), generator=choice)[:count]
             model = self.load(cell.model, cell.seed)
