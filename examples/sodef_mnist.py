@@ -4,19 +4,23 @@
     python examples/sodef_mnist.py                    preset quick: under 15 minutes on 2 cores
     python examples/sodef_mnist.py --preset full      a GPU, or a night
 
-A run that was stopped goes on where it was when it is started again with the same arguments.
+A run that was stopped goes on where it was when it is started again with the same arguments. `--jobs 4` shares the
+cells out among four processes; `torchrun --nproc-per-node=4 examples/sodef_mnist.py` trains every model on all of them.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from mnist.data import DataError, load
 from mnist.presets import PRESETS, Preset
 from mnist.report import write_report
@@ -80,34 +84,54 @@ def make(preset: Preset, where: str | None, out: Path, seed: int, device: torch.
     return Study(preset, load(where, say=lambda text: None), out, seed, device)
 
 
+@contextmanager
+def ranks(device: torch.device) -> Iterator[torch.device]:
+    """The device of this process; under torchrun with the others of its group joined."""
+    if not dist.is_torchelastic_launched():
+        yield device
+        return
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield device
+    finally:
+        dist.destroy_process_group()
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run the study; returns the exit status."""
-    given, started = arguments(argv), time.perf_counter()
+    given = arguments(argv)
+    with ranks(given.device) as device:
+        first = not dist.is_initialized() or dist.get_rank() == 0
+        return study(given, device, print if first else lambda *text, **options: None)
+
+
+def study(given: argparse.Namespace, device: torch.device, say: Callable[..., None]) -> int:
+    """The study as the command line asks for it; of several ranks one has a say."""
+    started, preset = time.perf_counter(), PRESETS[given.preset]
     try:
-        data = load(given.data)
+        data = load(given.data, say=say)
     except DataError as error:
-        print(f"error: {error}", file=sys.stderr)
+        say(f"error: {error}", file=sys.stderr)
         return 2
-    preset = PRESETS[given.preset]
     for text in (data.banner, preset.warning):
         if text:
-            print(f"*** {text} ***")
-    about = {
-        "preset": preset.name,
-        "warning": preset.warning,
-        "data": data.name,
-        "banner": data.banner,
-        "seed": given.seed,
-    }
-    study = partial(make, preset, given.data, given.out, given.seed, given.device, given.threads)
+            say(f"*** {text} ***")
+    about = {"preset": preset.name, "warning": preset.warning, "data": data.name, "banner": data.banner}
+    process = partial(make, preset, given.data, given.out, given.seed, device, given.threads)
     try:
-        run(study, preset, about, given.out, jobs=given.jobs, minutes=given.budget)
+        run(
+            process, preset, {**about, "seed": given.seed}, given.out,
+            jobs=given.jobs, minutes=given.budget, say=partial(say, flush=True),
+        )  # fmt: skip
     except KeyboardInterrupt:
-        print(f"\nstopped; the same command goes on from what is in {given.out}", file=sys.stderr)
+        say(f"\nstopped; the same command goes on from what is in {given.out}", file=sys.stderr)
         return 130
-    report = write_report(given.out)
-    print(report.read_text())
-    print(f"{time.perf_counter() - started:.0f} s in all; the report with its pictures: {report}")
+    if say is print:
+        report = write_report(given.out)
+        say(report.read_text())
+        say(f"{time.perf_counter() - started:.0f} s in all; the report with its pictures: {report}")
     return 0
 
 

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -83,3 +87,20 @@ def test_a_model_that_diverged_takes_its_descendants_with_it_and_nothing_else(di
         trained = cell["model"] == "M3" and cell["kind"] == "train"
         lost = cell["model"] in ("M3", "M4", "M5") and not trained
         assert (cell["file"] is None) == lost and bool(cell["lost"]) == lost, cell
+
+
+@pytest.mark.slow
+def test_ranks_of_torchrun_share_the_cells(tmp_path):
+    """Two processes on the digits end with every cell recorded once, and one of them reports."""
+    script = Path(__file__).parents[1] / "examples" / "sodef_mnist.py"
+    line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
+    done = subprocess.run(
+        [*line, "--preset", "smoke", "--data", "digits", "--out", str(tmp_path)],
+        env=environment, text=True, capture_output=True, timeout=500,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "run.json").read_text())["cells"]
+    assert all(cell["file"] for cell in found)
+    assert len(list((tmp_path / "records").glob("*.json"))) == len(found)
+    assert done.stdout.count("the report with its pictures") == 1
