@@ -9,78 +9,17 @@ A run that was stopped goes on where it was when it is started again with the sa
 
 from __future__ import annotations
 
-import argparse
 import sys
-import time
-from collections.abc import Callable
-from pathlib import Path
 
-import torch
-from mnist.data import DataError, load
+from mnist import command
 from mnist.presets import PRESETS
 from mnist.report import write_report
-from mnist.study import run, usable_device
-
-
-def _whole(least: int) -> Callable[[str], int]:
-    def whole(text: str) -> int:
-        if not text.isdecimal() or int(text) < least:
-            raise argparse.ArgumentTypeError(f"expected an int >= {least}, got {text!r}")
-        return int(text)
-
-    return whole
-
-
-def arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    """What the command line says."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", choices=list(PRESETS), default="quick", help="how much to do (default: quick)")
-    parser.add_argument("--out", type=Path, help="folder of the results (default: runs/sodef_mnist-PRESET)")
-    parser.add_argument(
-        "--data",
-        metavar="DIR",
-        help="folder with MNIST's four IDX files, or 'digits' for scikit-learn's; "
-        "default: $ODELAYERS_MNIST, else the cache folder, else a download",
-    )
-    parser.add_argument(
-        "--seed", type=_whole(0), default=0, help="seed of weights, order, noise and attacks (default: 0)"
-    )
-    parser.add_argument("--device", default="cpu", help="torch device (default: cpu)")
-    # The operations are small: a second thread gains little, loses much as soon as another process wants its core, and
-    # changes the last digits. One thread gives the same numbers on every machine of a kind.
-    parser.add_argument("--threads", type=_whole(1), default=1, help="CPU threads of one operation (default: 1)")
-    given = parser.parse_args(argv)
-    given.out = given.out or Path("runs") / f"sodef_mnist-{given.preset}"
-    if given.out.exists() and not given.out.is_dir():
-        parser.error(f"--out: {given.out} is a file, expected a folder")
-    try:
-        given.device = usable_device(given.device)
-    except ValueError as error:
-        parser.error(f"--device: {error}")
-    return given
+from mnist.study import run
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the study; returns the exit status."""
-    given, started = arguments(argv), time.perf_counter()
-    torch.set_num_threads(given.threads)
-    try:
-        data = load(given.data)
-    except DataError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    for text in (data.banner, PRESETS[given.preset].warning):
-        if text:
-            print(f"*** {text} ***")
-    try:
-        run(PRESETS[given.preset], data, given.out, given.seed, given.device)
-    except KeyboardInterrupt:
-        print(f"\nstopped; the same command goes on from what is in {given.out}", file=sys.stderr)
-        return 130
-    report = write_report(given.out)
-    print(report.read_text())
-    print(f"{time.perf_counter() - started:.0f} s in all; the report with its pictures: {report}")
-    return 0
+    return command.main("sodef_mnist", __doc__, PRESETS, run, write_report, argv)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from .presets import Model, Preset
 from .records import Record, Records, save_weights, write
 from .training import accuracy, states, train
 
-__all__ = ["run", "usable_device"]
+__all__ = ["run"]
 
 
 class Study:
@@ -109,18 +109,6 @@ class Study:
             return spectrum_cell(fields)
 
         return self.records.stage("spectra", {**config, "seed": self.seed}, compute)
-
-
-def usable_device(name: str) -> torch.device:
-    """The torch device of that name.
-
-    Raises:
-        ValueError: torch does not know it or cannot use it here.
-    """
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:  # an AssertionError is what a torch without CUDA raises
-        raise ValueError(f"torch cannot use {name!r} here ({str(error).splitlines()[0]}); try cpu") from error
 
 
 def run(preset: Preset, data: Dataset, out: Path, seed: int, device: torch.device) -> Path:
