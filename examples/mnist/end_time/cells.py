@@ -13,8 +13,9 @@ from ..attacks import Attack, Threat, fgsm, input_gradient, margin, perturb
 from ..data import Split
 from ..progress import bar
 from .models import EndTimeNet
+from .training import accuracy, answers
 
-__all__ = ["dynamics_cell", "fgsm_images", "film_cell", "strong_cell", "table_cell"]
+__all__ = ["answers_cell", "curve_cell", "dynamics_cell", "fgsm_images", "film_cell", "strong_cell", "table_cell"]
 
 BATCH = 250  # images differentiated at once: a solve to t = 500 then keeps about 2 GB
 
@@ -54,6 +55,18 @@ def table_cell(net: EndTimeNet, data: Split, end: float, eps: float, what: str) 
         right["unclipped"] += int(_right(model, unclipped, labels).sum())
         right["clipped"] += int(_right(model, clipped, labels).sum())
     return {"n": len(data), **{name: count / len(data) for name, count in right.items()}}
+
+
+def answers_cell(net: EndTimeNet, data: Split, ends: Sequence[float]) -> dict[str, Any]:
+    """The answers at each end time, a digit an image, and the share that is right."""
+    found = answers(net, data, ends)
+    texts = ["".join(map(str, row)) for row in found.tolist()]
+    return {"n": len(data), "answers": texts, "clean": (found == data.labels).float().mean(1).tolist()}
+
+
+def curve_cell(net: EndTimeNet, data: Split, ends: Sequence[float]) -> dict[str, Any]:
+    """Accuracy at each end time."""
+    return {"n": len(data), "ends": list(ends), "clean": accuracy(net, data, ends)}
 
 
 def strong_cell(net: EndTimeNet, data: Split, end: float, eps: float, seed: int, what: str) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,8 @@ LOOKS = (
     ("#8A5A44", "-."),
 )
 FRAMES = 8
+Panels = tuple[tuple[str, str, tuple[float | None, float | None] | None], ...]
+Values = Callable[[dict[str, Any], str], dict[str, list[float]]]
 
 
 def _look(results: Results, name: str) -> dict[str, Any]:
@@ -64,11 +67,11 @@ def curve_figure(results: Results, out: Path) -> Path:
             panel.plot(curve["ends"], 100 * np.array(curve["clean"]), **look)
             panel.fill_between(curve["ends"], *(100 * bounds), color=look["color"], alpha=0.15, linewidth=0)
             low, high = results.record(name, "train")["config"]["row"]["end"]
-            foot = -4 - 3 * place
+            foot = -5 - 5 * place
             panel.plot([low, high], [foot, foot], color=look["color"], linewidth=3, solid_capstyle="butt")
             panel.plot([low, high], [foot, foot], color=look["color"], marker="|", linestyle="none", markersize=7)
         _end_axis(panel)
-        panel.set_ylim(-6 - 3 * len(results.answered("curve")), 102)
+        panel.set_ylim(-5 - 5 * len(results.answered("curve")), 102)
         panel.set_yticks(range(0, 101, 20))
         panel.set_ylabel("accuracy, %")
         panel.set_title(f"Accuracy over the end time ({curve['n']} test images; bars at the foot: trained to)")
@@ -109,10 +112,10 @@ def film_figure(results: Results, name: str, out: Path) -> Path:
 def settling_figure(results: Results, out: Path) -> Path:
     """Size of the field and of the state, and cosines of both with their last values."""
     panels = (
-        ("field", "size of the field f", True),
-        ("state", "size of the state z", True),
-        ("field_cosine", "cosine of f(z(t)) with its last value", False),
-        ("state_cosine", "cosine of z(t) with its last value", False),
+        ("field", "size of the field f", (0, None)),
+        ("state", "size of the state z", None),
+        ("field_cosine", "cosine of f(z(t)) with its last value", (None, 1.02)),
+        ("state_cosine", "cosine of z(t) with its last value", (None, 1.02)),
     )
     title = "Settling: medians and quartiles of {n} test images (sizes: root mean square over coordinates)"
     return _grid(results, out / "settling.png", panels, lambda cell, key: cell[key], title)
@@ -120,7 +123,10 @@ def settling_figure(results: Results, out: Path) -> Path:
 
 def distance_figure(results: Results, out: Path) -> Path:
     """Distances of the directions of states, within a class and between two."""
-    panels = (("same_class", "pairs of the same digit", False), ("two_classes", "pairs of different digits", False))
+    panels = (
+        ("same_class", "pairs of the same digit", (0, 1.6)),
+        ("two_classes", "pairs of different digits", (0, 1.6)),
+    )
     title = "Distance of the directions z / |z|: medians and quartiles of all pairs of {n} test images"
     return _grid(results, out / "distances.png", panels, lambda cell, key: cell[key], title)
 
@@ -128,9 +134,9 @@ def distance_figure(results: Results, out: Path) -> Path:
 def gradient_figure(results: Results, out: Path) -> Path:
     """Gradients at the pixels: their norms, and the share that are exactly zero."""
     panels = (
-        ("ce", "norm of the gradient of cross-entropy", True),
-        ("margin", "norm of the gradient of the margin", True),
-        ("zero", "share of cross-entropy gradients that are 0", False),
+        ("ce", "norm of the gradient of cross-entropy", None),
+        ("margin", "norm of the gradient of the margin", None),
+        ("zero", "share of cross-entropy gradients that are 0", (-0.02, 1.02)),
     )
 
     def values(cell: dict[str, Any], key: str) -> dict[str, list[float]]:
@@ -143,20 +149,22 @@ def gradient_figure(results: Results, out: Path) -> Path:
     return _grid(results, out / "gradients.png", panels, values, title)
 
 
-def _grid(results: Results, path: Path, panels: tuple[tuple[str, str, bool], ...], values: Any, title: str) -> Path:
-    """Panels side by side, two in a row, over the end time; one legend below."""
+def _grid(results: Results, path: Path, panels: Panels, values: Values, title: str) -> Path:
+    """Panels over the end time and one legend below; a panel has limits, or None for a logarithmic scale."""
     cells = results.answered("dynamics")
-    rows = -(-len(panels) // 2)
+    columns = 2 if len(panels) % 2 == 0 else len(panels)
+    rows = len(panels) // columns
     with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(rows, 2, figsize=(9.4, 3.1 * rows + 1.1), squeeze=False)
-        for panel, (key, label, logarithmic) in zip(axes.flat, panels, strict=False):
+        figure, axes = plt.subplots(rows, columns, figsize=(4.6 * columns, 3.1 * rows + 1.1), squeeze=False)
+        for panel, (key, label, limits) in zip(axes.flat, panels, strict=True):
             for name, cell in cells.items():
                 _band(panel, results, name, cell["times"], values(cell, key))
             _end_axis(panel)
-            panel.set_yscale("log" if logarithmic else "linear")
+            if limits is None:
+                panel.set_yscale("log")
+            else:
+                panel.set_ylim(*limits)
             panel.set_title(label)
-        for panel in axes.flat[len(panels) :]:
-            panel.set_axis_off()
         n = next(iter(cells.values()))["n"]
         figure.suptitle(title.format(n=n), fontsize=11, x=0.01, ha="left")
         figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=9)

@@ -34,14 +34,14 @@ def _forgetting(results: Results) -> list[str]:
 def _clipping(results: Results) -> list[str]:
     """The largest difference between the two FGSMs."""
     cells = [
-        (abs(record.result["unclipped"] - record.result["clipped"]), name, column, record.result)
+        (name, column, record.result)
         for name in results.rows
         for column in results.columns
         if (record := results.record(name, "table", column))
     ]
     if not cells:
         return []
-    _, name, column, cell = max(cells)[:4] if len(cells) == 1 else max(cells, key=lambda c: c[0])
+    name, column, cell = max(cells, key=lambda c: abs(c[2]["unclipped"] - c[2]["clipped"]))
     return [
         f"FGSM unclipped and clipped differ most for {results.title(name)} at t = {column}: "
         f"{percent(cell['unclipped'], cell['n'])} % against {percent(cell['clipped'], cell['n'])} %."
@@ -74,16 +74,17 @@ def _settling(results: Results) -> list[str]:
     """Equilibrium or steady state: does f go to zero, or only its change?"""
     parts = []
     for name, cell in results.answered("dynamics").items():
-        places = _decade(cell["times"])
+        place = _decade(cell["times"])
         field, cosine = cell["field"]["median"], cell["field_cosine"]["median"]
-        parts.append(f"{results.title(name)} {field[0]:.2f} -> {field[-1]:.2f}, cosine {cosine[places]:.3f}")
+        parts.append(f"{results.title(name)} {field[0]:.3f} -> {field[-1]:.3f}, cosine {cosine[place]:.3f}")
     if not parts:
         return []
-    first, last = cell["times"][0], cell["times"][-1]
+    first, before, last = cell["times"][0], cell["times"][place], cell["times"][-1]
     return [
-        f"Median size of f at t = {first:g} -> {last:g}, and the cosine of f at t = {cell['times'][places]:g} with f at "
-        f"the end: {'; '.join(parts)}. At an equilibrium the size is 0; where it is not and the cosine is 1, the state "
-        "goes on in a straight line."
+        "No state comes to an equilibrium, and none could: f ends in a group normalisation, which gives it the same "
+        "size wherever z is. Where f settles the state goes on in a straight line, and grows. Median size of f at "
+        f"t = {first:g} -> {last:g}, and cosine of f at t = {before:g} with f at the end (1: settled): "
+        f"{'; '.join(parts)}."
     ]
 
 

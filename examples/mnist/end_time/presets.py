@@ -63,9 +63,10 @@ class Preset:
     training: Steps
     evaluation: Steps
     checks: tuple[Steps, ...]  # the clean accuracies once more, stepped otherwise
+    drawn: tuple[str, ...]  # rows of the table that are repeated with the pooling's regions drawn
     columns: tuple[float, ...]  # end times of the table
     times: tuple[float, ...]  # end times of the curves
-    curve_images: int
+    curve_images: int  # for the comparison of solvers too
     strong_images: int  # attacked by PGD too
     dynamics_images: int
     eps: float = 0.3
@@ -109,6 +110,7 @@ QUICK = Preset(
     training=Steps(density=5),
     evaluation=Steps(density=6),
     checks=(Steps(density=12), Steps(tolerance=1e-3)),
+    drawn=("small-10-100",),
     columns=(1, 10, 100),
     times=_geometric(0.1, 100, 4),
     curve_images=500,
@@ -138,13 +140,13 @@ FULL = replace(
     QUICK,
     name="full",
     warning=None,
-    rows=_rows("small", SMALL, batches=(1290, 1290, 1290, 1290), adversarial=430, pgd=Pgd())
+    rows=_rows("small", SMALL, batches=(1290, 1290, 1290, 1290), adversarial=450, pgd=Pgd())
     + _rows("large", LARGE, batches=(43_000,) * 4, adversarial=43_000, pgd=Pgd()),
     columns=(1, 10, 100, 500),
     times=_geometric(0.1, 1000, 6),
     curve_images=2_000,
     strong_images=200,
-    dynamics_images=500,
+    dynamics_images=200,
     validation_images=5_000,
     test_images=None,
 )

@@ -53,6 +53,6 @@ class Results:
         """Every record of the run."""
         for row in self.rows.values():
             files = [row[what] for what in ("train", *ASKED) if what in row]
-            for what in ("table", "checks", "draws"):
+            for what in ("table", "answers", "draws"):
                 files += row.get(what, {}).values()
             yield from (read(self._folder / file) for file in files)

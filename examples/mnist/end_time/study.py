@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from ..data import Dataset, Split
+from ..data import Dataset
 from ..records import Record, Records, save_weights, write
-from .cells import dynamics_cell, film_cell, strong_cell, table_cell
+from .cells import answers_cell, curve_cell, dynamics_cell, film_cell, strong_cell, table_cell
 from .models import EndTimeNet, Steps
 from .presets import Preset, Row
 from .training import accuracy, train
@@ -28,8 +28,9 @@ class Study:
         cut = data.first(preset.train_images, preset.validation_images, preset.test_images)
         self.preset, self.seed, self.device, self.data = preset, seed, device, cut.to(device)
         self.rows = [row for row in preset.rows if device.type != "cpu" or not row.needs_gpu]
-        stages = len(self.rows) * (1 + 2 * len(preset.columns) + len(preset.checks) + 4)
-        self.records = Records(out, stages)
+        stages = len(self.rows) * (1 + len(preset.columns) + 1 + len(preset.checks) + 4)
+        self.drawn = [row for row in self.rows if row.name in preset.drawn]
+        self.records = Records(out, stages + len(self.drawn) * len(preset.columns))
         sizes = [len(cut.train), len(cut.validation), len(cut.test)]
         machine = {"device": device.type, "threads": torch.get_num_threads()}  # both change the last digits
         self.common = {"data": cut.name, "sizes": sizes, "seed": seed, **machine}
@@ -78,10 +79,12 @@ class Study:
         return self._asked(what, row, None, _named(table_cell, f"{row.title} at t = {end:g}"), draws=draws,
                            end=end, eps=self.preset.eps)  # fmt: skip
 
-    def check(self, row: Row, steps: Steps) -> Record:
-        """The clean accuracies of the table, stepped otherwise."""
-        kind = "dopri5" if steps.tolerance else "grid"
-        return self._asked(f"check-{kind}", row, None, _check_cell, steps=steps, ends=self.preset.columns)
+    def answers(self, row: Row, steps: Steps) -> Record:
+        """The answers to clean images at the table's end times, by these steps."""
+        kind = f"dopri5-{steps.tolerance:g}" if steps.tolerance else f"grid-{steps.density:g}"
+        return self._asked(
+            f"answers-{kind}", row, self.preset.curve_images, answers_cell, steps=steps, ends=self.preset.columns
+        )
 
     def strong(self, row: Row) -> Record:
         """PGD at the time the net was trained to."""
@@ -91,7 +94,7 @@ class Study:
 
     def curve(self, row: Row) -> Record:
         """Accuracy over the end time."""
-        return self._asked("curve", row, self.preset.curve_images, _check_cell, ends=self.preset.times)
+        return self._asked("curve", row, self.preset.curve_images, curve_cell, ends=self.preset.times)
 
     def dynamics(self, row: Row) -> Record:
         """How state, field, distances and gradients go with time."""
@@ -106,10 +109,6 @@ class Study:
 def _named(cell: Callable[..., dict[str, Any]], what: str) -> Callable[..., dict[str, Any]]:
     """The cell with the label of its progress bar, which is no part of the configuration."""
     return lambda *arguments, **keywords: cell(*arguments, what=what, **keywords)
-
-
-def _check_cell(net: EndTimeNet, data: Split, ends: tuple[float, ...]) -> dict[str, Any]:
-    return {"n": len(data), "ends": list(ends), "clean": accuracy(net, data, ends)}
 
 
 def run(preset: Preset, data: Dataset, out: Path, seed: int, device: torch.device) -> Path:
@@ -138,11 +137,11 @@ def run(preset: Preset, data: Dataset, out: Path, seed: int, device: torch.devic
     for row in study.rows:
         for end in preset.columns:
             done(row, study.table(row, end, draws=False), "table", f"{end:g}")
-        for steps in preset.checks:
-            done(row, study.check(row, steps), "checks", str(steps))
+        for steps in (preset.evaluation, *preset.checks):
+            done(row, study.answers(row, steps), "answers", str(steps))
         for name in ("curve", "film", "strong", "dynamics"):
             done(row, getattr(study, name)(row), name)
-    for row in study.rows:
+    for row in study.drawn:
         for end in preset.columns:
             done(row, study.table(row, end, draws=True), "draws", f"{end:g}")
     write(out / "run.json", manifest)

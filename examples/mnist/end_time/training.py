@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
@@ -14,7 +16,7 @@ from ..progress import bar
 from .models import EndTimeNet
 from .presets import Pgd, Row
 
-__all__ = ["accuracy", "train"]
+__all__ = ["accuracy", "answers", "pgd", "train"]
 
 BATCH = 500  # images evaluated at once
 LINES = 20  # of the training log
@@ -90,10 +92,12 @@ def pgd(net: EndTimeNet, images: Tensor, labels: Tensor, end: float, spec: Pgd, 
 
 
 @torch.no_grad()
-def accuracy(net: EndTimeNet, data: Split, ends: tuple[float, ...]) -> list[float]:
-    """Share of images classified rightly at each of the increasing times, in evaluation mode."""
+def answers(net: EndTimeNet, data: Split, ends: Sequence[float]) -> Tensor:
+    """The class (T, N) that each image is given at each of the increasing times, in evaluation mode."""
     net.eval()
-    right = torch.zeros(len(ends), device=data.labels.device)
-    for images, labels in zip(data.images.split(BATCH), data.labels.split(BATCH), strict=True):
-        right += (net.read(net.states(images, ends)).argmax(-1) == labels).sum(1)
-    return (right / len(data)).tolist()
+    return torch.cat([net.read(net.states(x, ends)).argmax(-1) for x in data.images.split(BATCH)], dim=1)
+
+
+def accuracy(net: EndTimeNet, data: Split, ends: Sequence[float]) -> list[float]:
+    """Share of images classified rightly at each of the increasing times."""
+    return (answers(net, data, ends) == data.labels).float().mean(1).tolist()
