@@ -108,8 +108,8 @@ QUICK = Preset(
     warning=NO_EVIDENCE,
     rows=_rows("small", SMALL, batches=(430, 300, 200, 200), adversarial=200, pgd=Pgd(size=0.04, steps=10)),
     training=Steps(density=5),
-    evaluation=Steps(density=6),
-    checks=(Steps(density=12), Steps(tolerance=1e-3)),
+    evaluation=Steps(density=5),
+    checks=(Steps(density=10), Steps(tolerance=1e-3)),
     drawn=("small-10-100",),
     columns=(1, 10, 100),
     times=_geometric(0.1, 100, 4),
@@ -140,7 +140,7 @@ FULL = replace(
     QUICK,
     name="full",
     warning=None,
-    rows=_rows("small", SMALL, batches=(1290, 1290, 1290, 1290), adversarial=450, pgd=Pgd())
+    rows=_rows("small", SMALL, batches=(860, 860, 860, 860), adversarial=300, pgd=Pgd())
     + _rows("large", LARGE, batches=(43_000,) * 4, adversarial=43_000, pgd=Pgd()),
     columns=(1, 10, 100, 500),
     times=_geometric(0.1, 1000, 6),
