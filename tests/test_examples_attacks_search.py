@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from examples.mnist.attacks import PGD, SPSA, Counted, SimBA, Square, Threat, Transfer, margin, search
-from examples.mnist.evaluation import wilson
+from examples.mnist.scores import wilson
 
 SHAPE = (1, 6, 6)
 LINF, L2 = Threat("linf", 0.04), Threat("l2", 0.2)

@@ -20,7 +20,7 @@ import odelayers
 
 __all__ = ["Record", "Records", "fingerprint", "read", "save_weights", "write"]
 
-FORMAT = 2  # raise it when a stage's result changes its meaning: older records are then computed again
+FORMAT = 1  # raise it when a stage's result changes its meaning: older records are then computed again
 
 
 class Record(dict[str, Any]):
@@ -49,9 +49,10 @@ class Records:
     record and computes again; nothing is reused silently and nothing is overwritten.
     """
 
-    def __init__(self, out: Path) -> None:
+    def __init__(self, out: Path, stages: int | None = None, say: Callable[[str], None] = print) -> None:
         self.folder = out / "records"
         self.folder.mkdir(parents=True, exist_ok=True)
+        self.stages, self.done, self._say = stages, 0, say  # of so many stages each is told of when it is done
         self.writes = True  # of several ranks that compute a stage together, one writes
 
     def stage(
@@ -71,7 +72,7 @@ class Records:
         path = self.folder / f"{name}-{key}.json"
         weights = path.with_suffix(".safetensors")
         if path.exists() and (save is None or weights.exists()):
-            return read(path)
+            return self._told(read(path), ": already done")
         started = time.perf_counter()
         result = compute()
         seconds = time.perf_counter() - started
@@ -83,6 +84,12 @@ class Records:
             if save is not None:
                 save(weights)
             write(path, record)
+        return self._told(record, "")
+
+    def _told(self, record: Record, note: str) -> Record:
+        self.done += 1
+        if self.stages is not None:
+            self._say(f"[{self.done}/{self.stages}] {record['stage']}{note}: {record['seconds']:.1f} s")
         return record
 
     def weights(self, record: Record) -> Path:

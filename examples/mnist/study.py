@@ -21,7 +21,7 @@ from .presets import Model, Preset
 from .records import Record, Records, save_weights
 from .training import states, train
 
-__all__ = ["Study", "usable_device"]
+__all__ = ["Study"]
 
 
 class Study:
@@ -134,15 +134,3 @@ class Study:
             return spectrum_cell([("untrained", untrained, z), ("trained", model.block.f, z)])
 
         return self.records.stage(cell.name, config, compute)
-
-
-def usable_device(name: str) -> torch.device:
-    """The torch device of that name.
-
-    Raises:
-        ValueError: torch does not know it or cannot use it here.
-    """
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:  # an AssertionError is what a torch without CUDA raises
-        raise ValueError(f"torch cannot use {name!r} here ({str(error).splitlines()[0]}); try cpu") from error
