@@ -12,7 +12,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from .evaluation import wilson
+from .scores import wilson
 from .results import Results
 
 __all__ = ["bars_figure", "spectra_figure"]
