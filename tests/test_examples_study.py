@@ -13,6 +13,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -64,9 +65,13 @@ def results(out: Path) -> dict[str, dict]:
     return {path.name: json.loads(path.read_text())["result"] for path in sorted((out / "records").glob("*.json"))}
 
 
-def without_times(results: dict[str, dict]) -> dict[str, dict]:
-    """The same but for the one time among the results."""
-    return {name: {k: v for k, v in r.items() if k != "milliseconds_128"} for name, r in results.items()}
+def without_times(results: Any) -> Any:
+    """The same but for the times among the results."""
+    if isinstance(results, list):
+        return [without_times(r) for r in results]
+    if not isinstance(results, dict):
+        return results
+    return {k: without_times(v) for k, v in results.items() if k not in ("milliseconds_128", "seconds")}
 
 
 def test_a_study_that_is_killed_at_every_stage_ends_with_the_same_numbers(digits, finished, tmp_path, monkeypatch):

@@ -6,23 +6,12 @@ from dataclasses import dataclass, replace
 
 from .attacks import Attack, Threat
 from .models import Block
+from .recipes import Model
 from .training import Phase
 
 __all__ = ["PRESETS", "Model", "Preset", "Suite"]
 
 NO_EVIDENCE = "a smoke run, not evidence"
-
-
-@dataclass(frozen=True)
-class Model:
-    """One row of the tables. Without phases it takes its weights unchanged from `start`."""
-
-    name: str
-    title: str
-    block: Block
-    start: str | None = None
-    phases: tuple[Phase, ...] = ()
-    regularised: bool = False
 
 
 @dataclass(frozen=True)
