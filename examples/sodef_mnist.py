@@ -13,15 +13,14 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from mnist import command
 from mnist.data import Dataset, load
+from mnist.parallel import joined
 from mnist.presets import PRESETS, Preset
 from mnist.report import write_report
 from mnist.runner import run
@@ -44,31 +43,16 @@ def process(preset: Preset, where: str | None, out: Path, seed: int, device: tor
 
 def compute(preset: Preset, data: Dataset, given: argparse.Namespace, say: Callable[..., None]) -> None:
     """Compute the cells as the command line says."""
-    device = given.device
-    if dist.is_initialized() and device.type == "cuda" and device.index is None:
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
     about = {"preset": preset.name, "warning": preset.warning, "data": data.name, "banner": data.banner}
-    make = partial(process, preset, given.data, given.out, given.seed, device, given.threads)
-    run(make, preset, {**about, "seed": given.seed}, given.out, jobs=given.jobs, minutes=given.budget, say=say)
-
-
-@contextmanager
-def ranks() -> Iterator[Callable[..., None]]:
-    """How to speak: under torchrun the processes join a group, and the first of them has a say."""
-    if not dist.is_torchelastic_launched():
-        yield print
-        return
-    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
-    try:
-        yield print if dist.get_rank() == 0 else lambda *text, **options: None
-    finally:
-        dist.destroy_process_group()
+    with joined(str(given.device)) as device:
+        make = partial(process, preset, given.data, given.out, given.seed, device, given.threads)
+        run(make, preset, {**about, "seed": given.seed}, given.out, jobs=given.jobs, minutes=given.budget, say=say)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the study; returns the exit status."""
-    with ranks() as say:
-        return command.main("sodef_mnist", __doc__, PRESETS, compute, write_report, argv, options=options, say=say)
+    """Run the study; returns the exit status. Of the processes of torchrun the first has a say."""
+    say = print if os.environ.get("RANK", "0") == "0" else lambda *text, **options: None
+    return command.main("sodef_mnist", __doc__, PRESETS, compute, write_report, argv, options=options, say=say)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from odelayers._field import Field, tensors
 
-__all__ = ["Evaluator", "OnCall", "traced", "transformed", "vmapped"]
+__all__ = ["Evaluator", "OnCall", "readable", "traced", "transformed", "vmapped"]
 
 OnCall = Callable[[], None]
 
@@ -24,6 +24,16 @@ def transformed() -> bool:
 def traced() -> bool:
     """Whether torch.compile, export or a torch.func transform is looking: then values cannot be read on the host."""
     return torch.compiler.is_compiling() or transformed()
+
+
+def readable(z: Tensor) -> bool:
+    """Whether values like z's can be read on the host: not when traced, nor while a CUDA graph is captured."""
+    return not (traced() or capturing(z))
+
+
+def capturing(z: Tensor) -> bool:
+    """Whether a CUDA graph is being captured on z's device."""
+    return z.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def vmapped(z: Tensor) -> bool:
@@ -60,17 +70,15 @@ class Evaluator:
         self.nfe = 0
         self.inspect: Callable[[Tensor, Tensor], None] | None = None  # sees the first value and its state
         self.within: Callable[[], AbstractContextManager[None]] | None = None  # every evaluation runs inside it
+        self._found: tuple[Tensor, Tensor | int] | None = None  # the first value, with a copy of it or its version
 
     def over(self, field: Field) -> Evaluator:
         """A fresh evaluator of another field under the same conditions."""
         return Evaluator(field, self.batch, self.half, self.on_call, self.programs)
 
     def precision(self, z: Tensor) -> torch.dtype:
-        """The dtype that the field is evaluated in: the user's half precision, autocast's, or the state's."""
-        if self.half is not None:
-            return self.half
-        device = z.device.type
-        return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else z.dtype
+        """The dtype that the field is evaluated in: half precision or the state's. Autocast leaves float64 as it is."""
+        return z.dtype if self.half is None or z.dtype == torch.float64 else self.half
 
     def take(self, rows: Tensor) -> Evaluator:
         """A fresh evaluator for these rows of the batch alone."""
@@ -87,8 +95,11 @@ class Evaluator:
         self.nfe += 1
         for notify in self.on_call:
             notify()
-        if self.nfe == 1 and not traced():
-            return self._first(t, z)
+        if self.nfe <= 2 and readable(z):
+            return self._first(t, z) if self.nfe == 1 else self._second(t, z)
+        return self._plain(t, z)
+
+    def _plain(self, t: Tensor | float, z: Tensor) -> Tensor:
         plain = self.within is None and self.half is None
         dz = self.field(t, z) if plain else self._evaluate(t, z)
         return dz if dz.dtype == z.dtype else dz.to(z.dtype)
@@ -139,7 +150,22 @@ class Evaluator:
         if self.inspect is not None:
             self.inspect(dz, copy)
             dz = dz if recording else dz.detach()
+        self._found = dz, dz.clone() if dz.is_inference() else dz._version
         return dz.to(z.dtype)
+
+    def _second(self, t: Tensor | float, z: Tensor) -> Tensor:
+        """The evaluation after the first, which must leave what the first has returned alone."""
+        found, self._found = self._found, None
+        dz = self._plain(t, z)
+        if found is not None:
+            before, kept = found
+            same = torch.equal(before, kept) if isinstance(kept, Tensor) else before._version == kept
+            if not same:
+                raise ValueError(
+                    f"field {self.field.name}: the field has overwritten the tensor that it returned before; a solver "
+                    f"combines several evaluations: return a new tensor each time (no out= buffer, or its clone)"
+                )
+        return dz
 
     def _tried(self, t: Tensor | float, z: Tensor) -> Tensor:
         try:

@@ -97,7 +97,9 @@ def end_times(t0: float, t1: float | Tensor | Equilibrium, like: Tensor, where: 
         return Times(reported, (t0, float(t1.t_max)), Clock(), t1)
     if not isinstance(t1, Tensor):
         last = finite_number(t1, f"{where}: t1")
-        return Times(like.new_tensor([t0, last]), (t0, last), Clock(ndim=like.ndim))
+        # Filled on the device: a copy from the host would wait, and cannot be part of a CUDA graph.
+        reported = torch.stack([torch.full((), t, dtype=like.dtype, device=like.device) for t in (t0, last)])
+        return Times(reported, (t0, last), Clock(ndim=like.ndim))
     if not t1.is_floating_point():
         raise TypeError(f"{where}: t1: expected a floating-point tensor, got {t1.dtype}; pass t1.float()")
     if t1.ndim > 1 or (t1.ndim == 1 and t1.shape[0] != batch):

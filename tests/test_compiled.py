@@ -186,7 +186,7 @@ def test_running_integrals_and_half_precision(recwarn: pytest.WarningsRecorder) 
     sums = [b.solve(z, running=[KineticRegularizer()]).running[0] for b in (ours, eager)]
     torch.testing.assert_close(*sums, rtol=1e-11, atol=1e-12)
     f = MLP(3, (4,))
-    with pytest.warns(UserWarning, match="half precision; the block is solved eagerly"):
+    with pytest.warns(UserWarning, match="runs under autocast; the block is solved eagerly"):
         half = ODEBlock(f, solver=RK4(4), compile=True)(z.bfloat16())
     assert torch.equal(half, ODEBlock(f, solver=RK4(4))(z.bfloat16()))
 
@@ -199,6 +199,21 @@ def test_second_derivatives_and_second_passes_are_refused_by_torch() -> None:
     for options in ({"create_graph": True}, {"retain_graph": True}):
         with pytest.raises(RuntimeError, match="create_graph=False and retain_graph=False"):
             torch.autograd.grad(block(z.requires_grad_()).pow(2).sum(), z, **options)
+
+
+@compiled
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("solver", [Euler(steps=3), RK4(steps=3)], ids=repr)
+def test_a_fixed_grid_is_one_graph_to_compilers(solver: Any) -> None:
+    """torch.compile with fullgraph=True and strict export trace a whole solve, with its gradient."""
+    flow, z = ODEBlock(MLP(4, (8,)).double(), solver=solver), torch.randn(5, 4, dtype=F64)
+    expected = flow(z)
+    assert (torch.export.export(flow, (z,), strict=True).module()(z) - expected).abs().max() < 1e-14
+    compiled = torch.compile(flow, fullgraph=True)(z)
+    assert (compiled - expected).abs().max() < 1e-14
+    pairs = (torch.autograd.grad(out.sum(), flow.parameters()) for out in (compiled, expected))
+    for found, wanted in zip(*pairs, strict=True):
+        assert (found - wanted).abs().max() < 1e-13
 
 
 def test_what_is_not_compiled_is_refused_at_construction() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 
 import pytest
@@ -141,3 +142,27 @@ def test_rejected_steps_leave_nothing_in_the_gradient(z: Tensor) -> None:
     found = [torch.autograd.grad(s.final.square().sum(), [z, f.w, f.v]) for s in solutions]
     for a, b in zip(*found, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-7)
+
+
+def alive() -> int:
+    """How many tensors there are."""
+    gc.collect()
+    return sum(issubclass(type(x), Tensor) for x in gc.get_objects())
+
+
+@pytest.mark.parametrize("kind", ["smooth", "state detached late", "constant early", "another parameter late"])
+@pytest.mark.parametrize("leaf", [True, False])
+def test_a_backward_pass_leaves_no_tensor_behind(kind: str, leaf: bool, z: Tensor) -> None:
+    """Whichever nodes of a step run last, the gradients that it has received are dropped with the pass."""
+    block, z = ODEBlock(Late(kind), solver=ADAPTIVE[0]), z.detach().requires_grad_(leaf)
+
+    def gradients() -> None:
+        loss = block(z).square().sum()
+        into = [*block.parameters(), *([z] if leaf else [])]
+        torch.autograd.grad(loss, into, create_graph=True, allow_unused=True)
+
+    gradients()
+    before = alive()
+    for _ in range(3):
+        gradients()
+    assert alive() <= before

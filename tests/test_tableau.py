@@ -36,7 +36,7 @@ def test_every_kind_of_stages_keeps_one_protocol(solver: object, shape: tuple[in
         return start + 0.3 * sum(w * k for w, k in zip(weights, ks, strict=False))
 
     nothing = torch.zeros_like(z)
-    kinds = [kind(tableau, z) for kind in (Recorded, Buffered, Chained)]
+    kinds = [Recorded(tableau), Buffered(tableau, z), Chained(tableau, z)]
     for stages in kinds:
         stages.begin(z)
         for i, k in enumerate(ks):

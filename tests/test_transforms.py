@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
-from odelayers import MLP, RK4, Dopri5, ODEBlock, jacobian
+from odelayers import MLP, RK4, Dopri5, Heun, ODEBlock, Tsit5, jacobian
+from odelayers._solvers.stages import _kept_vectors
 
 
 @pytest.fixture
@@ -59,3 +63,40 @@ def test_inference_mode_changes_no_number(solver: RK4 | Dopri5, z: Tensor) -> No
         expected = flow(z)
     with torch.inference_mode():
         assert torch.equal(flow(z), expected)
+
+
+def untouched(call: Callable[[ODEBlock], object], solver: RK4 | Dopri5, z: Tensor) -> None:
+    """Whatever came first in a process, the block's gradient is what it is without it."""
+    flow = block(solver)
+    _kept_vectors.cache_clear()
+    expected = torch.autograd.grad(flow(z).sum(), flow.parameters())
+    _kept_vectors.cache_clear()
+    call(flow)
+    for found, wanted in zip(torch.autograd.grad(flow(z).sum(), flow.parameters()), expected, strict=True):
+        assert torch.equal(found, wanted)
+
+
+@pytest.mark.parametrize("solver", [RK4(steps=4), Dopri5()], ids=repr)
+def test_inference_mode_leaves_nothing_behind_that_training_cannot_use(solver: RK4 | Dopri5, z: Tensor) -> None:
+    """A block that is served first can be trained afterwards."""
+    untouched(torch.inference_mode()(lambda flow: flow(z)), solver, z)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_export_leaves_nothing_behind_that_a_block_cannot_use(strict: bool, z: Tensor) -> None:
+    """Tensors made while exporting are the exporter's own."""
+    untouched(lambda flow: torch.export.export(flow, (z,), strict=strict), RK4(steps=4), z)
+
+
+@pytest.mark.parametrize(
+    "solver", [Heun(steps=4), RK4(steps=4), Dopri5(), Tsit5(), Dopri5(batch="independent")], ids=repr
+)
+@pytest.mark.parametrize("grad", [True, False])
+def test_forward_mode_differentiation_gives_the_jacobian_s_products(
+    solver: RK4 | Dopri5, grad: bool, z: Tensor
+) -> None:
+    """Dual numbers through the steps give J v, in either grad mode."""
+    flow, v = block(solver), torch.randn_like(z)
+    with torch.set_grad_enabled(grad), forward_ad.dual_level():
+        found = forward_ad.unpack_dual(flow(forward_ad.make_dual(z, v))).tangent
+    assert (found - (jacobian(flow, z) @ v.unsqueeze(-1)).squeeze(-1)).abs().max() < 1e-12

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -12,16 +15,20 @@ from odelayers import (
     Dopri5,
     DropoutSDEBlock,
     Euler,
+    EulerMaruyama,
     Heun,
     JacobianRegularizer,
     KineticRegularizer,
     ODEBlock,
+    Rodas5P,
+    SDEBlock,
     SolveError,
     Status,
     TorchDiffEq,
     TorchSDE,
     Tsit5,
 )
+from odelayers._solvers import Solver
 
 
 class FunctionalDropout(nn.Module):
@@ -115,3 +122,44 @@ def test_only_a_jacobian_s_integral_moves_the_random_numbers_that_follow() -> No
         block.solve(torch.ones(2, 1), running=running)
         states.append(torch.get_rng_state())
     assert torch.equal(states[0], states[1]) and not torch.equal(states[0], states[2])
+
+
+class Reusing(nn.Module):
+    """A field that writes its rates into one buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.buffer = torch.empty(0)
+
+    def forward(self, z: Tensor) -> Tensor:
+        return torch.sin(z, out=self.buffer)
+
+
+@pytest.mark.parametrize("solver", [Heun(4), RK4(4), Dopri5(), Tsit5(), Rodas5P(), EulerMaruyama(4)], ids=repr)
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_a_field_that_returns_the_same_buffer_again_is_refused(solver: Solver, mode: Callable[[], Any]) -> None:
+    """A rate that is overwritten by the next would be combined as if it were the next: silently wrong."""
+    with mode():
+        block = (
+            SDEBlock(Reusing(), lambda z: z, solver=solver) if solver.calculus else ODEBlock(Reusing(), solver=solver)
+        )
+        with pytest.raises(ValueError, match=r"Reusing: the field has overwritten.*return a new tensor each time"):
+            block(torch.ones(2, 3))
+
+
+def test_a_field_that_returns_its_parameter_or_its_input_is_none_of_these() -> None:
+    """The same tensor, unchanged, is a constant rate."""
+    rate = torch.ones(2, 3)
+    for mode in (torch.no_grad, torch.inference_mode, torch.enable_grad):
+        with mode():
+            assert torch.equal(ODEBlock(lambda z: rate, solver=RK4(4))(rate), 2 * rate)
+            assert (ODEBlock(lambda z: z)(rate) - rate.exp()).abs().max() < 1e-4
+
+
+def test_autocast_leaves_the_tolerance_of_float64_alone() -> None:
+    """Autocast does not cast float64: steps and states under it are those without it."""
+    block, z = ODEBlock(nn.Linear(3, 3).double(), solver=Dopri5(1e-10, 1e-10)), torch.randn(2, 3).double()
+    expected = block.solve(z)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = block.solve(z)
+    assert torch.equal(found.final, expected.final) and found.stats.accepted == expected.stats.accepted

@@ -12,8 +12,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from .scores import wilson
 from .results import Results
+from .scores import wilson
 
 __all__ = ["bars_figure", "spectra_figure"]
 

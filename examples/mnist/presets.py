@@ -6,24 +6,12 @@ from dataclasses import dataclass, replace
 
 from .attacks import PGD, SPSA, AutoAttack, Method, SimBA, Square, Threat, Transfer
 from .models import Block
+from .recipes import Model
 from .training import Phase
 
 __all__ = ["PRESETS", "Group", "Model", "Preset", "Probe", "Suite"]
 
 NO_EVIDENCE = "a smoke run, not evidence"
-
-
-@dataclass(frozen=True)
-class Model:
-    """One row of the tables, trained with `seeds` seeds. Without phases it takes its weights unchanged from `start`."""
-
-    name: str
-    title: str
-    block: Block
-    start: str | None = None
-    phases: tuple[Phase, ...] = ()
-    regularised: bool = False
-    seeds: int = 1
 
 
 @dataclass(frozen=True)

@@ -17,9 +17,10 @@ from .cells import Cell, needs
 from .data import Dataset
 from .evaluation import attack_cell, clean_cell, judge, probe_cell, spectrum_cell
 from .models import DIM, Classifier
-from .presets import Model, Preset
+from .presets import Preset
+from .recipes import Model
 from .records import Record, Records, save_weights
-from .training import states, train
+from .training import Diverged, states, train
 
 __all__ = ["Study"]
 
@@ -56,7 +57,9 @@ class Study:
         config = {**self.common, "seed": seed, "model": asdict(spec), "start": start and start.key}
         del config["model"]["seeds"]  # how many others there are says nothing of this one
         torch.manual_seed(seed)  # the fresh weights
-        model = self.build(spec, start)
+        model = self.build(spec)
+        if start is not None:
+            model.start_from(self._weights(start))
         compute = partial(self._train, model, spec, seed, cell.name)
         self.trained[cell.model, cell.seed] = self.records.stage(
             cell.name, config, compute, partial(save_weights, model)
@@ -64,26 +67,27 @@ class Study:
         return self.trained[cell.model, cell.seed]
 
     def _train(self, model: Classifier, spec: Model, seed: int, what: str) -> dict[str, Any]:
-        log = train(model, self.data, spec.phases, spec.regularised, seed, what)
+        try:
+            log = train(model, self.data, spec.phases, spec.regularised, seed, what)
+        except Diverged as error:
+            return {"diverged": str(error), **error.outcome}
         noise = torch.Generator(self.device).manual_seed(seed)
         reached = judge(model, self.data.validation, 1, noise).mean
         count = sum(p.numel() for p in model.parameters())
         return {"epochs": log, "steps": sum(e["steps"] for e in log), "validation": reached, "parameters": count}
 
-    def build(self, spec: Model, weights: Record | None) -> Classifier:
-        """The model with the weights of a record, as far as they go: a block that the record lacks stays fresh."""
-        model = Classifier(self.preset.widths, spec.block).to(self.device)
-        if weights:
-            state = load_file(self.records.weights(weights), device=str(self.device))
-            missing, unexpected = model.load_state_dict(state, strict=False)
-            strange = [name for name in (*missing, *unexpected) if not name.startswith("block.")]
-            if strange:
-                raise RuntimeError(f"{self.records.weights(weights)}: does not fit {spec.name}: {', '.join(strange)}")
-        return model
+    def build(self, spec: Model) -> Classifier:
+        """The model with fresh weights."""
+        return Classifier(spec.widths or self.preset.widths, spec.block, spec.head, spec.net).to(self.device)
+
+    def _weights(self, record: Record) -> dict[str, torch.Tensor]:
+        return load_file(self.records.weights(record), device=str(self.device))
 
     def load(self, name: str, seed: int) -> Classifier:
         """A trained model, for evaluation."""
-        return self.build(self.preset.model(name), self.trained[name, seed]).eval().requires_grad_(False)
+        model = self.build(self.preset.model(name))
+        model.load_state_dict(self._weights(self.trained[name, seed]))
+        return model.eval().requires_grad_(False)
 
     def _clean(self, cell: Cell, config: dict[str, Any]) -> Record:
         config["draws"] = draws = self.preset.suite.judging_draws

@@ -97,7 +97,7 @@ class AdaptiveRungeKutta(Adaptive):
         way = math.copysign(1.0, t1 - t)
         rtol, atol = self.tolerances(f, z0)
         before = self.start(f, t, z0, driver)
-        h = self._first_step(f, before, t, t1, driver, norm, rtol, atol)
+        h = self.choose_step(f, before, t, t1, driver, norm, rtol, atol)
         position, rejected, tried = 1, 0, 0
         shortest = 4 * torch.finfo(torch.float64).eps * abs(t1 - t)
         stages = stages_like(self.tableau, z0)
@@ -107,7 +107,7 @@ class AdaptiveRungeKutta(Adaptive):
             h = (t1 - t) * way if h * 1.01 >= (t1 - t) * way else h
             end = t1 if h == (t1 - t) * way else t + h * way
             inside = ts[position] != t1 and (ts[position] - end) * way <= 0
-            attempt = self._attempt(f, t, h * way, before, driver, stages, inside)
+            attempt = self.attempt(f, t, h * way, before, driver, stages, inside)
             with torch.no_grad():
                 reached_size = attempt.z.abs()
                 scale = torch.maximum(size, reached_size).add_(atol / rtol)
@@ -129,7 +129,7 @@ class AdaptiveRungeKutta(Adaptive):
                 rejected += 1
             if tried >= self.max_steps or h < shortest or t + h * way == t:
                 if (t1 - t) * way > 0:
-                    raise self._failure(f, before, attempt, errors, t, h * way, tried, driver)
+                    raise self.failure(f, before, attempt, errors, t, h * way, tried, driver)
 
     def integrate(self, f: Evaluator, z0: Tensor, ts: Sequence[float], driver: Driver, norm: Norm = row_rms) -> Path:
         if self.batch == "independent":
@@ -137,7 +137,7 @@ class AdaptiveRungeKutta(Adaptive):
         if f.programs is not None and not torch.is_grad_enabled() and len(ts) == 2:
             rtol, atol = self.tolerances(f, z0)
             before = self.start(f, ts[0], z0, driver)
-            h = self._first_step(f, before, ts[0], ts[1], driver, norm, rtol, atol)
+            h = self.choose_step(f, before, ts[0], ts[1], driver, norm, rtol, atol)
             control = Control(rtol, atol, self.max_steps, SAFETY, SHRINK, GROW)
             found = solved_loop(f, self.tableau, driver.clock, before, (ts[0], ts[1], h), control)
             if found is not None:
@@ -147,7 +147,7 @@ class AdaptiveRungeKutta(Adaptive):
 
     def again(self, f: Evaluator, step: Step, before: State, driver: Driver) -> tuple[State, list[Tensor]]:
         stages = stages_like(self.tableau, before[0])
-        attempt = self._attempt(f, step.t, step.h, before, driver, stages)
+        attempt = self.attempt(f, step.t, step.h, before, driver, stages)
         return self._after(attempt), self._outputs(attempt, step)
 
     def refuse_vmap(self, z0: Tensor) -> None:
@@ -158,9 +158,10 @@ class AdaptiveRungeKutta(Adaptive):
                 f"use a fixed grid such as RK4(steps), or hand the rows over as one batch (odelayers.jacobian does)"
             )
 
-    def _attempt(
+    def attempt(
         self, f: Evaluator, t: float, h: float, before: State, driver: Driver, stages: Stages, inside: bool = True
     ) -> Try:
+        """One step of length h from t, whatever its error."""
         at, k = before
         if f.programs is not None:
             found = step_stages(f, self.tableau, driver.clock, at, k, t, h, inside)
@@ -182,7 +183,7 @@ class AdaptiveRungeKutta(Adaptive):
         return [attempt.z if theta == 1.0 else attempt.stages.combine(weights(theta), step.h) for theta in step.outputs]
 
     @torch.no_grad()
-    def _first_step(
+    def choose_step(
         self,
         f: Evaluator,
         before: State,
@@ -207,7 +208,7 @@ class AdaptiveRungeKutta(Adaptive):
         return min(second_guess(torch.full_like(fastest, h), fastest, self.tableau.order).item(), abs(t1 - t0))
 
     @torch.no_grad()
-    def _failure(
+    def failure(
         self, f: Evaluator, before: State, attempt: Try, errors: Tensor, t: float, h: float, tried: int, driver: Driver
     ) -> SolveError:
         """Say which rows stopped the solve and why."""

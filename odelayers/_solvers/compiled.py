@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._dynamo import config as dynamo_config
+from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 from torch._functorch import config as functorch_config
 from torch._higher_order_ops import scan, while_loop
 
@@ -18,6 +20,15 @@ from odelayers._field import Field
 from odelayers._solvers.tableau import Row, Tableau
 
 __all__ = ["Control", "Programs", "grid_states", "solved_loop", "step_stages"]
+
+
+REMEDY = (
+    "Write the field without branches on values or side effects and solve float32 or float64 states outside autocast, "
+    "or leave compile=True out"
+)
+
+# What is compiled inside it looks at every call whether modules have been given hooks since.
+_WATCHED = dynamo_config.patch(skip_nnmodule_hook_guards=False)
 
 
 class Control(NamedTuple):
@@ -34,13 +45,15 @@ class Control(NamedTuple):
 class Programs:
     """The compiled programs of one block, made when first called; a copy of the block makes its own.
 
-    Where one does not compile, a warning says why, and the block is solved eagerly from then on.
+    Where one does not compile, a warning says why, and the block is solved eagerly from then on; where it would be
+    compiled for too many sizes, those that come late are.
     """
 
     def __init__(self) -> None:
         # By program and grad mode; None for one that does not compile.
         self._made: dict[tuple[Callable[..., Any], bool], Callable[..., Any] | None] = {}
-        self._seen: set[tuple[Any, ...]] = set()  # the same with the sizes of the inputs, which are constants
+        # The same with the sizes of the inputs, which are constants: whether such a call is compiled.
+        self._sizes: dict[tuple[Any, ...], bool] = {}
 
     def __reduce__(self) -> Any:
         return Programs, ()
@@ -57,31 +70,36 @@ class Programs:
             own = types.FunctionType(program.__code__.replace(), program.__globals__, program.__name__)
             self._made[key] = torch.compile(own, fullgraph=True, dynamic=False)
         compiled = self._made[key]
-        if compiled is None:
-            return None
         sizes = (*key, *(x.shape for x in inputs if isinstance(x, Tensor)))
+        known = self._sizes.get(sizes)
+        if compiled is None or known is False:
+            return None
         try:
-            if sizes in self._seen:
-                return compiled(*inputs)
+            if known:
+                with _WATCHED:
+                    return compiled(*inputs)
             # The backward pass is compiled at once too, so that its failure is met here and not in backward().
-            with functorch_config.patch(force_non_lazy_backward_lowering=True):
+            with functorch_config.patch(force_non_lazy_backward_lowering=True), _WATCHED:
                 found = compiled(*inputs)
-            self._seen.add(sizes)
+            self._sizes[sizes] = True
             return found
+        except torch.OutOfMemoryError:
+            raise
+        except FailOnRecompileLimitHit:
+            self._sizes[sizes] = False
+            limit = dynamo_config.recompile_limit
+            _warn(f"field {name} has been compiled for {limit} sizes already", "Pad the batches to few sizes")
         except Exception as error:  # said in the warning; a fault of the field itself comes again in the eager solve
+            if known and not isinstance(error, TorchDynamoException):
+                raise  # what has run before does not fail for being compiled
             self._made[key] = None
             reason = " ".join(str(error).split())[:300]
             _warn(f"torch.compile failed on field {name} ({type(error).__name__}: {reason})")
-            return None
+        return None
 
 
-def _warn(reason: str) -> None:
-    warnings.warn(
-        f"compile=True: {reason}; the block is solved eagerly. Write the field without branches on values or side "
-        f"effects and give it float32 or float64 states, or leave compile=True out",
-        UserWarning,
-        stacklevel=3,
-    )
+def _warn(reason: str, remedy: str = REMEDY) -> None:
+    warnings.warn(f"compile=True: {reason}; the block is solved eagerly. {remedy}", UserWarning, stacklevel=3)
 
 
 def _weighted(row: Row, stages: Sequence[Tensor]) -> Tensor:
@@ -137,10 +155,11 @@ def _loop(
     control: Control,
 ) -> tuple[Tensor, Tensor]:
     """The final state, and (time left, steps accepted, steps tried); times and lengths are in float64."""
-    way = (t1 - t0).sign()
+    way, shortest = (t1 - t0).sign(), 4 * torch.finfo(t0.dtype).eps * (t1 - t0).abs()
 
     def going(t: Tensor, h: Tensor, z: Tensor, k: Tensor, accepted: Tensor, tried: Tensor) -> Tensor:
-        return ((t1 - t) * way > 0) & (tried < control.max_steps) & h.isfinite() & (t + h * way != t)
+        able = (tried < control.max_steps) & (h >= shortest) & h.isfinite() & (t + h * way != t)
+        return ((t1 - t) * way > 0) & able
 
     def body(t: Tensor, h: Tensor, z: Tensor, k: Tensor, accepted: Tensor, tried: Tensor) -> tuple[Tensor, ...]:
         left = (t1 - t) * way
@@ -227,6 +246,6 @@ def _run(f: Evaluator, program: Callable[..., Any], *inputs: Any) -> Any:
     if traced():  # whoever looks sees through the eager steps
         return None
     if f.half is not None:
-        _warn(f"field {f.field.name} runs under autocast for a state in half precision")
+        _warn(f"field {f.field.name} runs under autocast")
         return None
     return programs.run(program, f.field.name, *inputs)

@@ -107,7 +107,7 @@ class _Trial:
 
     def _half(self, t: float, h: float, start: State) -> tuple[Try, Tensor]:
         """One step of the method and its scaled error by row."""
-        half = self.pair.base._attempt(self.f, t, h, start, self.driver, self.stages)
+        half = self.pair.base.attempt(self.f, t, h, start, self.driver, self.stages)
         rtol, atol = self.tolerances
         return half, self.norm(half.stages.error(h) / (atol + rtol * torch.maximum(start[0].abs(), half.z.abs())))
 
@@ -129,7 +129,7 @@ class CoupledAdaptive(_Coupled):
         trial, shortest = _Trial(self, f, z0, driver, norm), 4 * torch.finfo(torch.float64).eps * abs(ts[-1] - t)
         before: State = (z0, z0)
         start = base.start(f, t, z0, driver)
-        h = base._first_step(f, start, t, ts[-1], driver, norm, *trial.tolerances)
+        h = base.choose_step(f, start, t, ts[-1], driver, norm, *trial.tolerances)
         tried = rejected = 0
         for target in ts[1:]:
             while (left := (target - t) * way) > 0:
@@ -151,4 +151,4 @@ class CoupledAdaptive(_Coupled):
                 else:
                     h, rejected = length * max(control.SHRINK, change), rejected + 1
                 if tried >= base.max_steps or h < shortest or t + h * way == t:
-                    raise base._failure(f, start, half, errors, t, h * way, tried, driver)
+                    raise base.failure(f, start, half, errors, t, h * way, tried, driver)

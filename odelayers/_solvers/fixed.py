@@ -13,7 +13,7 @@ from torch import Tensor
 
 from odelayers._checks import positive_int
 from odelayers._driver import Driver
-from odelayers._evaluator import Evaluator, traced
+from odelayers._evaluator import Evaluator, readable
 from odelayers._solution import Status
 from odelayers._solvers.base import MarchingSolver, Norm, Path, State, Step, Taken, fail, nonfinite_rows, row_rms
 from odelayers._solvers.compiled import grid_states
@@ -69,8 +69,8 @@ class FixedGrid(MarchingSolver):
             after = self.step(f, step, before, driver)
             yield Taken(step, before, after, [after[0]] if step.outputs else [], 0)
             before = after
-        # One host read a solve; under a transform or a compiler there is none.
-        if not traced() and not bool(before[0].isfinite().all()):
+        # One host read a solve; under a transform, a compiler or in a CUDA graph there is none.
+        if readable(before[0]) and not bool(before[0].isfinite().all()):
             self._explain(f, z0, ts, driver)
             note = "the cause is not seen when solved once more: does the field change between evaluations?"
             raise fail(self, f, nonfinite_rows(before[0]), ts[-1], driver, Status.BLOW_UP, note)

@@ -148,6 +148,7 @@ class _Part(Evaluator):
         return part
 
     def __call__(self, t: Tensor | float, z: Tensor) -> Tensor:
+        # The time is not compared: `known` is noted at the end of a step, and only the step from there starts at its z.
         if self.known is not None and z is self.known[0]:
             return self.known[1]
         self.nfe = self.whole.nfe

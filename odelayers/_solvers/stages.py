@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._guards import detect_fake_mode
+from torch.autograd import forward_ad
 
 from odelayers._evaluator import traced
 from odelayers._solvers.tableau import Tableau
@@ -18,19 +20,28 @@ FEW = 4  # stages; their sums are short, and most have one term
 Row = tuple[float, ...]
 
 
-@lru_cache(maxsize=256)
 def _vectors(rows: tuple[Row, ...], dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
-    """Rows of a tableau as vectors."""
+    """Rows of a tableau as vectors, made once; compilers and export make tensors of their own kind each time."""
+    if traced() or (torch._C._len_torch_dispatch_stack() and detect_fake_mode()):
+        return _new_vectors(rows, dtype, device)
+    return _kept_vectors(rows, dtype, device)
+
+
+def _new_vectors(rows: tuple[Row, ...], dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
     return tuple(torch.tensor(row, dtype=dtype, device=device) for row in rows)
+
+
+@lru_cache(maxsize=512)
+def _kept_vectors(rows: tuple[Row, ...], dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
+    with torch.inference_mode(False):  # a later solve may save them for its backward pass
+        return _new_vectors(rows, dtype, device)
 
 
 class Stages(ABC):
     """The stages k_0, k_1, ... of one step from y at a time, each shaped like the state."""
 
-    def __init__(self, tableau: Tableau, like: Tensor) -> None:
+    def __init__(self, tableau: Tableau) -> None:
         self.tableau = tableau
-        self.weights = _vectors(tableau.rows, like.dtype, like.device)
-        self.columns = _vectors(tableau.columns, like.dtype, like.device)
 
     @abstractmethod
     def begin(self, y: Tensor) -> None:
@@ -87,25 +98,19 @@ class Recorded(Stages):
 
 def combined(y: Tensor, stages: list[Tensor], row: Row, h: float) -> Tensor:
     """The state y plus h times the stages that carry weight."""
-    used, weights = _sparse(row, y.dtype, y.device)
+    used = [i for i, weight in enumerate(row) if weight]
     if len(used) == 1:
         return torch.add(y, stages[used[0]], alpha=h * row[used[0]])
+    (weights,) = _vectors((tuple(row[i] for i in used),), y.dtype, y.device)
     stack = torch.stack([stages[i] for i in used]).reshape(len(used), -1)
     return torch.addmv(y.reshape(-1), stack.T, weights, alpha=h).view(y.shape)
-
-
-@lru_cache(maxsize=256)
-def _sparse(row: Row, dtype: torch.dtype, device: torch.device) -> tuple[tuple[int, ...], Tensor]:
-    """Which stages carry weight, and their weights."""
-    used = tuple(i for i, weight in enumerate(row) if weight)
-    return used, torch.tensor([row[i] for i in used], dtype=dtype, device=device)
 
 
 class Compiled(Recorded):
     """The stages of a step that a compiled program has taken, and the embedded error over h that it found."""
 
     def __init__(self, tableau: Tableau, y: Tensor, stages: list[Tensor], error: Tensor) -> None:
-        super().__init__(tableau, y)
+        super().__init__(tableau)
         self._y, self._stages, self._error = y, stages, error
 
     def error(self, h: float) -> Tensor:
@@ -116,7 +121,9 @@ class Buffered(Stages):
     """Stages in one buffer, written again at every step: for solves that record nothing."""
 
     def __init__(self, tableau: Tableau, like: Tensor) -> None:
-        super().__init__(tableau, like)
+        super().__init__(tableau)
+        self.weights = _vectors(tableau.rows, like.dtype, like.device)
+        self.columns = _vectors(tableau.columns, like.dtype, like.device)
         buffer = like.new_empty(len(tableau.c), like.numel())
         self._rows = [row.view(like.shape) for row in buffer.unbind(0)]
         self._first = [buffer[:i].T for i in range(len(tableau.c) + 1)]
@@ -187,7 +194,7 @@ class Chained(Buffered):
 class _Pulls:
     """What the states of one step have received in the backward pass that is running."""
 
-    def __init__(self, stages: Stages) -> None:
+    def __init__(self, stages: Buffered) -> None:
         self.columns = stages.columns
         self.received: list[Tensor | None] = [None] * len(stages.columns)
         self.running = -1
@@ -232,13 +239,13 @@ class _Advance(torch.autograd.Function):
         needed = ctx.needs_input_grad
         start = pulls.of_start() if i == 1 and needed[3] else None
         stage = pulls.of_stage(i - 1, ctx.h) if needed[4] else None
-        if i == 1:  # the pass has left the step: gradients that are kept would keep their graph, and be kept by it
+        if i == 1 or not needed[3]:  # the pass leaves the step: what is kept would keep its graph, and be kept by it
             pulls.received = [None] * len(pulls.columns)
         return None, None, None, start, stage
 
 
 def stages_like(tableau: Tableau, z: Tensor) -> Stages:
-    """Buffers, chained under autograd; a list for methods of few stages and under a transform or a compiler."""
-    if len(tableau.c) <= FEW or traced():
-        return Recorded(tableau, z)
+    """Buffers, chained under autograd; a list for methods of few stages and where transforms or compilers look."""
+    if len(tableau.c) <= FEW or traced() or forward_ad._current_level >= 0:
+        return Recorded(tableau)
     return Chained(tableau, z) if torch.is_grad_enabled() else Buffered(tableau, z)

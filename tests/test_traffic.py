@@ -1,0 +1,77 @@
+"""What crosses between host and device during a solve, and what a CUDA graph can hold of it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from odelayers import ODEBlock
+from problems import ADAPTIVE, FIXED, name
+
+
+class Traffic(TorchDispatchMode):
+    """Counts what would cross between host and device: tensors made from Python numbers, and values read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made = self.read = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.made += func is torch.ops.aten.lift_fresh.default
+        self.read += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("recording", [True, False])
+@pytest.mark.parametrize("solver", [*(cls(steps=3) for cls in FIXED), *(cls(1e-3, 1e-3) for cls in ADAPTIVE)], ids=name)
+def test_steps_make_no_tensor_of_host_numbers_and_read_one_value_at_most(solver: Any, recording: bool) -> None:
+    """On a device each waits: weights are made once, a grid is read once a solve, step control once a step tried."""
+    more = replace(solver, **({"steps": 40} if hasattr(solver, "steps") else {"rtol": 1e-9, "atol": 1e-9}))
+    made, read = [], []
+    for each in (solver, more):
+        block, z = ODEBlock(torch.cos, solver=each, time=False), torch.randn(3, 2, dtype=torch.float64)
+        with torch.set_grad_enabled(recording):
+            block(z)
+            with Traffic() as traffic:
+                stats = block.solve(z).stats
+        made.append(traffic.made)
+        read.append(traffic.read - (0 if hasattr(solver, "steps") else stats.accepted + stats.rejected))
+    assert stats.accepted >= 10 and made[0] == made[1] and read[0] == read[1]
+
+
+@pytest.mark.parametrize("time", [False, True])
+@pytest.mark.parametrize("recording", [True, False])
+@pytest.mark.parametrize("solver", [cls(steps=3) for cls in FIXED], ids=name)
+def test_a_fixed_grid_touches_no_host_number_while_a_graph_is_captured(
+    solver: Any, recording: bool, time: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither a tensor made from the host nor a value read: what a CUDA graph cannot hold."""
+    f = (lambda t, z: torch.cos(z) * t) if time else torch.cos
+    block, z = ODEBlock(f, solver=solver, time=time), torch.randn(3, 2, dtype=torch.float64)
+    with torch.set_grad_enabled(recording):
+        expected = block(z.requires_grad_(recording))
+        monkeypatch.setattr("odelayers._evaluator.capturing", lambda z: True)
+        with Traffic() as traffic:
+            found = block(z)
+            if recording:
+                found.sum().backward()
+    assert torch.equal(found, expected) and (traffic.made, traffic.read) == (0, 0)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("solver", [cls(steps=5) for cls in FIXED], ids=name)
+def test_a_fixed_grid_becomes_a_cuda_graph(solver: Any) -> None:
+    """torch.cuda.make_graphed_callables holds forward and backward: the eager numbers, again and on other inputs."""
+    f = nn.Sequential(nn.Linear(4, 4), nn.Tanh()).double().cuda()
+    block, sample = ODEBlock(f, solver=solver), torch.randn(8, 4, dtype=torch.float64, device="cuda")
+    graphed = torch.cuda.make_graphed_callables(ODEBlock(f, solver=solver), (sample.clone().requires_grad_(),))
+    for _ in range(3):
+        z = torch.randn_like(sample).requires_grad_()
+        found, expected = (torch.autograd.grad(b(z).square().sum(), [z, *f.parameters()]) for b in (graphed, block))
+        for a, b in zip(found, expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
