@@ -53,8 +53,8 @@ class Uniform:
 
 
 def against(per_row: Tensor, ndim: int) -> Tensor:
-    """A 0-d or `(B,)` tensor, shaped to broadcast against a state of `ndim` axes."""
-    return per_row if per_row.ndim == 0 else per_row.reshape(-1, *[1] * (ndim - 1))
+    """A 0-d or `(..., B)` tensor, shaped to broadcast against a state of `ndim` axes."""
+    return per_row if per_row.ndim == 0 else per_row.reshape(*per_row.shape, *[1] * (ndim - 1))
 
 
 @dataclass(frozen=True)

@@ -8,12 +8,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from odelayers._field import Field, tensors
 
-__all__ = ["Evaluator", "OnCall", "readable", "traced", "transformed", "vmapped"]
+__all__ = ["Evaluator", "OnCall", "dual", "readable", "traced", "transformed", "vmapped"]
 
 OnCall = Callable[[], None]
+KEPT = 8  # evaluations through which the first value must last: a step of any method here combines fewer
 
 
 def transformed() -> bool:
@@ -31,8 +33,13 @@ def readable(z: Tensor) -> bool:
     return not (traced() or capturing(z))
 
 
+def dual() -> bool:
+    """Whether values may carry tangents of torch.autograd.forward_ad."""
+    return forward_ad._current_level >= 0
+
+
 def capturing(z: Tensor) -> bool:
-    """Whether a CUDA graph is being captured on z's device."""
+    """Whether z is on a GPU and the current stream is being captured into a CUDA graph."""
     return z.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
@@ -70,7 +77,7 @@ class Evaluator:
         self.nfe = 0
         self.inspect: Callable[[Tensor, Tensor], None] | None = None  # sees the first value and its state
         self.within: Callable[[], AbstractContextManager[None]] | None = None  # every evaluation runs inside it
-        self._found: tuple[Tensor, Tensor | int] | None = None  # the first value, with a copy of it or its version
+        self._found: tuple[Tensor, Tensor, int] | None = None  # the first value, a copy of it, and its version
 
     def over(self, field: Field) -> Evaluator:
         """A fresh evaluator of another field under the same conditions."""
@@ -95,8 +102,8 @@ class Evaluator:
         self.nfe += 1
         for notify in self.on_call:
             notify()
-        if self.nfe <= 2 and readable(z):
-            return self._first(t, z) if self.nfe == 1 else self._second(t, z)
+        if self.nfe <= KEPT and readable(z):
+            return self._first(t, z) if self.nfe == 1 else self._early(t, z)
         return self._plain(t, z)
 
     def _plain(self, t: Tensor | float, z: Tensor) -> Tensor:
@@ -150,21 +157,26 @@ class Evaluator:
         if self.inspect is not None:
             self.inspect(dz, copy)
             dz = dz if recording else dz.detach()
-        self._found = dz, dz.clone() if dz.is_inference() else dz._version
-        return dz.to(z.dtype)
+        if dz.dtype != z.dtype:
+            return dz.to(z.dtype)  # a copy already
+        self._found = dz, dz.detach().clone(), -1 if dz.is_inference() else dz._version
+        return dz
 
-    def _second(self, t: Tensor | float, z: Tensor) -> Tensor:
-        """The evaluation after the first, which must leave what the first has returned alone."""
-        found, self._found = self._found, None
+    def _early(self, t: Tensor | float, z: Tensor) -> Tensor:
+        """One of the evaluations after the first, which must leave what the first has returned alone."""
         dz = self._plain(t, z)
-        if found is not None:
-            before, kept = found
-            same = torch.equal(before, kept) if isinstance(kept, Tensor) else before._version == kept
-            if not same:
-                raise ValueError(
-                    f"field {self.field.name}: the field has overwritten the tensor that it returned before; a solver "
-                    f"combines several evaluations: return a new tensor each time (no out= buffer, or its clone)"
-                )
+        if self._found is None:
+            return dz
+        first, kept, version = self._found
+        if first.is_inference():  # which have no version: looked at once
+            version, self._found = -1, None
+        elif self.nfe == KEPT:
+            self._found = None
+        if (version < 0 or first._version != version) and not bool(((first == kept) | kept.isnan()).all()):
+            raise ValueError(
+                f"field {self.field.name}: the field has overwritten the tensor that it returned before; a solver "
+                f"combines several evaluations: return a new tensor each time (no out= buffer, or its clone)"
+            )
         return dz
 
     def _tried(self, t: Tensor | float, z: Tensor) -> Tensor:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from odelayers._checks import positive_int, state
-from odelayers._evaluator import Evaluator
-from odelayers._field import Field, as_rows, training_batchnorm, training_dropout
+from odelayers._evaluator import Evaluator, vmapped
+from odelayers._field import Field, as_rows, training_batchnorm
 from odelayers._linalg import check_rows_finite
-from odelayers._linearize import linearization, product
+from odelayers._linearize import leaf, linearization, product, refused
 from odelayers._running import RunningField
 
 __all__ = ["differentials", "jacobian", "jvp", "refuse_batch_statistics", "value_and_jacobian"]
@@ -54,6 +55,8 @@ def jacobian(
         TypeError: z is not a floating-point tensor, or f does not return one.
         ValueError: f returns another shape than z's, or contains a BatchNorm that uses batch statistics; z, f or the
             Jacobian is not finite (rows named); `verify` found rows that interact, or a wrong `f.linearize`.
+        RuntimeError: under `torch.func.vmap` or `jvp`, or a transform with respect to the parameters of `f`; `grad`,
+            `vjp` and `jacrev` with respect to z work.
 
     >>> jacobian(lambda z: z**2, torch.tensor([[1.0, 3.0]])).tolist()
     [[[2.0, 0.0], [0.0, 6.0]]]
@@ -84,10 +87,14 @@ def value_and_jacobian(
         out, J, _ = _differentiate(Evaluator(field, len(z)), z, t, chunk_size)
     else:
         out, J = Evaluator(field, len(z))(t, z), product(factors, len(z))
-    if check_finite and not bool((out.detach().sum() + J.detach().sum()).isfinite()):
-        check_rows_finite(z, "jacobian: z")
-        check_rows_finite(out, f"jacobian: field {field.name}: f(z)")
-        check_rows_finite(J, f"jacobian: field {field.name}: J")
+    if check_finite:
+        total = out.detach().sum() + J.detach().sum()
+        if not torch.compiler.is_compiling() and vmapped(total):
+            raise refused()
+        if not bool(total.isfinite()):
+            check_rows_finite(z, "jacobian: z")
+            check_rows_finite(out, f"jacobian: field {field.name}: f(z)")
+            check_rows_finite(J, f"jacobian: field {field.name}: J")
     return out, J
 
 
@@ -150,10 +157,11 @@ def _differentiate(
     further = torch.is_grad_enabled()
     D = z.shape[1:].numel()
     with torch.inference_mode(False), torch.enable_grad():
-        x = z if further and z.requires_grad else _leaf(z)
+        x = z if further and z.requires_grad else leaf(z)
         into = [x]
         if in_time and isinstance(t, Tensor):
-            t = t if further and t.requires_grad else _leaf(t)
+            t = t if further and t.requires_grad else leaf(t)
+            t = t if x.is_leaf else _above(t, x)
             into.append(t)
         out = f(t, x)
         further = further and (z.requires_grad or _has_other_leaf(out, into))
@@ -183,8 +191,25 @@ def _chunk(z: Tensor) -> int | None:
     return max(1, _CACHED // max(1, z.numel())) if z.device.type == "cpu" else None
 
 
-def _leaf(x: Tensor) -> Tensor:
-    return (x.clone() if x.is_inference() else x.detach()).requires_grad_()
+class _Above(torch.autograd.Function):
+    """t itself, in the graph above x though it does not depend on it.
+
+    autograd's search for a way to its inputs leaves out what lies below the lowest of them. With a leaf among them it
+    would walk through all that x was made from, at every step through the whole solve before it.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, t: Tensor, x: Tensor) -> Tensor:
+        return t.view_as(t)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient, None
+
+
+def _above(t: Tensor, x: Tensor) -> Tensor:
+    raised: Tensor = _Above.apply(t, x)  # type: ignore[no-untyped-call]
+    return raised
 
 
 def _has_other_leaf(out: Tensor, inputs: list[Tensor]) -> bool:
@@ -204,12 +229,6 @@ def _has_other_leaf(out: Tensor, inputs: list[Tensor]) -> bool:
 
 def _verify(field: Field, z: Tensor, t: Tensor | float, J: Tensor) -> None:
     """Compare J v with a forward-mode derivative along a random v, which sees all rows at once."""
-    dropout = training_dropout(field.f)
-    if dropout is not None:
-        raise ValueError(
-            f"jacobian: verify=True compares two evaluations of field {field.name}, and its {dropout} draws a new "
-            f"mask at each; call .eval() on the field first"
-        )
     with torch.no_grad():
         v = torch.randn(z.shape, generator=torch.Generator().manual_seed(0), dtype=z.dtype).to(z.device)
         expected = jvp(field, z.detach(), v, t)

@@ -8,9 +8,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from odelayers._evaluator import transformed
 from odelayers._field import Field
 
-__all__ = ["Factor", "linearization", "product"]
+__all__ = ["Factor", "leaf", "linearization", "product", "refused"]
 
 _ACTIVATIONS = (nn.Tanh, nn.ReLU, nn.LeakyReLU, nn.ELU, nn.GELU, nn.SiLU, nn.Sigmoid, nn.Softplus)
 
@@ -38,6 +39,22 @@ def product(factors: list[Factor], batch: int) -> Tensor:
     for slopes, matrix in reversed(factors[:-1]):  # from the left, a product of all rows with one matrix is one product
         J = (J if slopes is None else J * slopes.unsqueeze(-2)) @ matrix
     return J if J.ndim == 3 else J.expand(batch, *J.shape).clone()
+
+
+def leaf(x: Tensor) -> Tensor:
+    """The same values as the leaf of a new graph, which autograd differentiates by."""
+    if not torch.compiler.is_compiling() and transformed():
+        raise refused()
+    return (x.clone() if x.is_inference() else x.detach()).requires_grad_()
+
+
+def refused() -> RuntimeError:
+    """The error for the transforms of torch.func that a Jacobian cannot pass."""
+    return RuntimeError(
+        "jacobian under a torch.func transform: it differentiates the field itself and reads on the host whether the "
+        "result is finite, which vmap, jvp and transforms with respect to anything but z forbid; hand all rows over as "
+        "one batch, jacobian(f, z), and differentiate the result with torch.autograd.grad"
+    )
 
 
 def _declared(
@@ -108,7 +125,7 @@ def _activated(activation: nn.Module, u: Tensor) -> tuple[Tensor, Tensor]:
     """The activation of u and its slopes, differentiable in grad mode where u is."""
     further = torch.is_grad_enabled() and u.requires_grad
     with torch.inference_mode(False), torch.enable_grad():
-        x = u if further else u.detach().clone().requires_grad_()
+        x = u if further else leaf(u)
         out = activation(x)
         (slopes,) = torch.autograd.grad(out, x, torch.ones_like(out), create_graph=further)
     return (out if further else out.detach()), slopes

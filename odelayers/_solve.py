@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from odelayers._driver import Driver
-from odelayers._evaluator import Evaluator, OnCall
+from odelayers._evaluator import Evaluator, OnCall, readable
 from odelayers._field import Field, training_batchnorm, training_dropout
 from odelayers._gradients import Adjoint, Backprop, Checkpoint, Gradient, Implicit, Reversible
 from odelayers._solution import SolveError, Stats, Status
@@ -194,7 +194,7 @@ def _settled(problem: Problem, rows: Tensor, way: Solver) -> tuple[Tensor | None
 
 def _check_range(zs: Tensor, part: Problem, solver: Solver, f: Evaluator) -> None:
     """A half-precision state is solved for in float32; refuse one that does not fit when it goes back."""
-    if part.half is None:
+    if part.half is None or not readable(zs):
         return
     bad = nonfinite_rows(zs.detach().to(part.half).transpose(0, 1))
     if bad.any():

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from odelayers._checks import finite_number, positive_number
 from odelayers._driver import Clock
+from odelayers._evaluator import dual, readable, transformed
 
 __all__ = ["Equilibrium", "Times", "end_times", "output_times"]
 
@@ -106,9 +107,9 @@ def end_times(t0: float, t1: float | Tensor | Equilibrium, like: Tensor, where: 
         raise ValueError(
             f"{where}: t1: expected a float, a 0-d tensor or one end time per sample ({batch},), got {tuple(t1.shape)}"
         )
-    if not bool(t1.isfinite().all()):
+    if readable(t1) and not bool(t1.isfinite().all()):
         raise ValueError(f"{where}: t1: expected finite end times, got {t1.tolist()}")
-    if t1.ndim == 0 and not t1.requires_grad:
+    if t1.ndim == 0 and not (t1.requires_grad or transformed() or dual()):
         return end_times(t0, float(t1), like, where)
     end = t1.to(device=like.device, dtype=like.dtype)
     reported = torch.stack([torch.full_like(end, t0), end]).detach()

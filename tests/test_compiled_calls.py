@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._dynamo import config as dynamo_config
+from torch.autograd import forward_ad
 
 from odelayers import (
     RK4,
@@ -70,13 +71,13 @@ def test_sizes_beyond_the_limit_are_solved_eagerly_and_the_others_stay_compiled(
         for batch in (1, 2, 3, 4, 2, 4):
             z = torch.randn(batch, 2, dtype=F64)
             if batch in (3, 4) and batch not in calls:
-                with pytest.warns(UserWarning, match=r"compiled for 2 sizes already.*eagerly. Pad the batches"):
+                with pytest.warns(UserWarning, match=r"compiled into 2 programs already.*eagerly. Pad the batches"):
                     found = ours(z)
             else:
                 found = ours(z)
             calls.append(batch)
             torch.testing.assert_close(found, eager(z), rtol=1e-12, atol=1e-13)
-    assert isinstance(ours._programs, Programs) and list(ours._programs._sizes.values()) == [True, True, False, False]
+    assert isinstance(ours._programs, Programs) and list(ours._programs._calls.values()) == [True, True, False, False]
 
 
 @pytest.mark.parametrize("seen", [True, False])
@@ -111,6 +112,41 @@ def test_what_fails_for_another_reason_than_compiling_is_not_hidden(
             ours(z)
     failing = False
     torch.testing.assert_close(ours(z), eager(z))
+
+
+@compiled
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("solver", [RK4(3), Dopri5()], ids=lambda s: type(s).__name__)
+def test_dual_numbers_go_around_the_programs(solver: Any) -> None:
+    """Forward-mode tangents through a compiled block are the eager ones, and it stays compiled without a warning."""
+    ours, eager = pair(nn.Linear(2, 2, dtype=F64), solver=solver)
+    z, v = torch.randn(2, 3, 2, dtype=F64)
+
+    def tangent(block: ODEBlock) -> Tensor:
+        with torch.no_grad(), forward_ad.dual_level():
+            return forward_ad.unpack_dual(block(forward_ad.make_dual(z, v))).tangent
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="compile=True")
+        for _ in range(2):
+            torch.testing.assert_close(tangent(ours), tangent(eager), rtol=1e-12, atol=1e-13)
+            with torch.no_grad():
+                torch.testing.assert_close(ours(z), eager(z), rtol=1e-12, atol=1e-13)
+    assert isinstance(ours._programs, Programs) and True in ours._programs._calls.values()
+
+
+@compiled
+@pytest.mark.timeout(600)
+def test_outputs_on_the_way_need_other_programs_but_take_none_away() -> None:
+    """Where no further program is kept, what has been compiled goes on."""
+    ours, eager = pair(nn.Linear(2, 2, dtype=F64), solver=Dopri5(1e-8, 1e-8))
+    z, ts = torch.randn(3, 2, dtype=F64), torch.linspace(0, 1, 4)
+    with dynamo_config.patch(recompile_limit=2):
+        torch.testing.assert_close(ours(z), eager(z), rtol=1e-12, atol=1e-13)
+        before = dict(ours._programs._calls)  # type: ignore[union-attr]
+        with pytest.warns(UserWarning, match="compiled into 2 programs already"):
+            torch.testing.assert_close(ours.solve(z, ts).zs, eager.solve(z, ts).zs, rtol=1e-11, atol=1e-12)
+    assert before and all(ours._programs._calls[call] for call in before)  # type: ignore[union-attr]
 
 
 def stepped(body: Any, z: Tensor, times: Tensor, lengths: Tensor) -> Tensor:

@@ -205,8 +205,8 @@ def test_the_order_of_convergence(solver: str, monkeypatch: pytest.MonkeyPatch) 
     On none is it lower; on some it is higher, where the leading terms cancel, but not on all.
     """
     # With a tolerance this loose every step is accepted, and so as the first.
-    for module in ("adaptive", "control", "rowwise"):
-        monkeypatch.setattr(f"odelayers._solvers.{module}.GROW", 1.0)
+    for limit in ("adaptive.GROW", "control.RowControl.grow", "control.PredictiveRowControl.grow"):
+        monkeypatch.setattr(f"odelayers._solvers.{limit}", 1.0)
     monkeypatch.setattr(TorchDiffEq, "_options", equal_steps)
     make, order = ORDERS[solver]
     found = {problem.name: fitted_order(make, order, problem) for problem in ORACLES if problem.smooth}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -107,3 +109,53 @@ def test_a_closed_form_is_passed_over_where_integrals_run_along() -> None:
         for solver in (Rodas5P(1e-8, 1e-8), Dopri5(1e-8, 1e-8))
     ]
     assert f.asked == 0 and (found[0] - found[1]).abs().max() < 1e-5
+
+
+def heights(root: Any, found: dict[Any, int]) -> dict[Any, int]:
+    """The longest way down from each node of a graph below the root: by it autograd leaves parts out of its search."""
+    stack = [root]
+    while stack:
+        below = [node for node, _ in stack[-1].next_functions if node is not None]
+        missing = [node for node in below if node not in found]
+        if not missing:
+            found[stack.pop()] = 1 + max((found[node] for node in below), default=-1)
+        stack += missing
+    return found
+
+
+def searched(out: Tensor, inputs: list[Tensor]) -> int:
+    """How many nodes autograd visits on its search for a way from `out` to the inputs."""
+    height = heights(out.grad_fn, {})
+    lowest = min(0 if x.grad_fn is None else heights(x.grad_fn, height)[x.grad_fn] for x in inputs)
+    seen, stack = set(), [out.grad_fn]
+    while stack:
+        node = stack.pop()
+        if node not in seen and height[node] >= lowest:
+            seen.add(node)
+            stack += [below for below, _ in node.next_functions if below is not None]
+    return len(seen)
+
+
+@pytest.mark.parametrize("rate", [None, 2.0])
+def test_no_step_s_jacobian_searches_the_graph_of_the_steps_before(
+    rate: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The nodes that autograd visits for a Jacobian are those of one evaluation, however many steps came before."""
+    differentiate, visits = torch.autograd.grad, list[int]()
+
+    def counted(out: Tensor, inputs: list[Tensor], *rest: Any, **more: Any) -> tuple[Tensor, ...]:
+        visits.append(searched(out, inputs))
+        return differentiate(out, inputs, *rest, **more)
+
+    monkeypatch.setattr("torch.autograd.grad", counted)
+    t1 = None if rate is None else torch.full((2,), rate, dtype=F64, requires_grad=True)
+    solution = ODEBlock(Timed(), solver=Rodas5P()).solve(torch.ones(2, 2, dtype=F64, requires_grad=True), t1=t1)
+    assert len(visits) >= 2 * solution.stats.accepted > 20
+    assert max(visits) < 30, visits  # two steps further on it would be hundreds
+
+
+def test_a_solve_of_nothing_to_train_leaves_no_graph() -> None:
+    """The time that a field is differentiated by is not taken for a parameter of it."""
+    z = torch.ones(2, 2, dtype=F64)
+    assert not ODEBlock(lambda t, z: -z * t, solver=Rodas5P()).solve(z).final.requires_grad
+    assert ODEBlock(Timed(), solver=Rodas5P()).solve(z).final.requires_grad

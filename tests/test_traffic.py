@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from odelayers import ODEBlock
+from odelayers import AugmentedODEBlock, Backprop, Checkpoint, ODEBlock
 from problems import ADAPTIVE, FIXED, name
 
 
@@ -44,20 +44,24 @@ def test_steps_make_no_tensor_of_host_numbers_and_read_one_value_at_most(solver:
     assert stats.accepted >= 10 and made[0] == made[1] and read[0] == read[1]
 
 
-@pytest.mark.parametrize("time", [False, True])
+@pytest.mark.parametrize("how", ["plain", "time", "checkpoint", "t1", "t1 of each", "half", "augmented"])
 @pytest.mark.parametrize("recording", [True, False])
 @pytest.mark.parametrize("solver", [cls(steps=3) for cls in FIXED], ids=name)
 def test_a_fixed_grid_touches_no_host_number_while_a_graph_is_captured(
-    solver: Any, recording: bool, time: bool, monkeypatch: pytest.MonkeyPatch
+    solver: Any, recording: bool, how: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Neither a tensor made from the host nor a value read: what a CUDA graph cannot hold."""
-    f = (lambda t, z: torch.cos(z) * t) if time else torch.cos
-    block, z = ODEBlock(f, solver=solver, time=time), torch.randn(3, 2, dtype=torch.float64)
+    f = (lambda t, z: torch.cos(z) * t) if how == "time" else torch.cos
+    options: dict[str, Any] = {"solver": solver, "time": how == "time"}
+    options["gradient"] = Checkpoint() if how == "checkpoint" else Backprop()
+    block = AugmentedODEBlock(f, 2, **options) if how == "augmented" else ODEBlock(f, **options)
+    z = torch.randn(3, 2, dtype=torch.bfloat16 if how == "half" else torch.float64)
+    t1 = {"t1": torch.tensor(0.5, requires_grad=True), "t1 of each": torch.tensor([0.5, 1.0, 2.0])}.get(how)
     with torch.set_grad_enabled(recording):
-        expected = block(z.requires_grad_(recording))
+        expected = block(z.requires_grad_(recording), t1)
         monkeypatch.setattr("odelayers._evaluator.capturing", lambda z: True)
         with Traffic() as traffic:
-            found = block(z)
+            found = block(z, t1)
             if recording:
                 found.sum().backward()
     assert torch.equal(found, expected) and (traffic.made, traffic.read) == (0, 0)

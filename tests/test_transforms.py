@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from odelayers import MLP, RK4, Dopri5, Heun, ODEBlock, Tsit5, jacobian
@@ -48,6 +48,36 @@ def test_vmap_over_adaptive_steps_is_refused_with_the_remedy(z: Tensor) -> None:
         torch.func.vmap(torch.func.jacrev(lambda x: adaptive(x[None])[0]))(z)
 
 
+# The Jacobian of the first is known in closed form.
+@pytest.mark.parametrize("f", [nn.Sequential(nn.Linear(4, 4), nn.Tanh()), MLP(4, (8,))], ids=["chain", "MLP"])
+def test_transforms_of_a_jacobian_work_or_are_refused_with_the_remedy(f: nn.Module, z: Tensor) -> None:
+    """In reverse mode with respect to z they give the gradient of autograd; all others say what to do instead."""
+    f, func = f.double(), torch.func
+
+    def size(z: Tensor) -> Tensor:
+        return jacobian(f, z).square().sum()
+
+    def size_of_one(row: Tensor) -> Tensor:
+        return size(row[None])
+
+    def by_parameters(p: dict[str, Tensor]) -> Tensor:
+        return jacobian(lambda x: func.functional_call(f, p, (x,)), z).sum()
+
+    x = z.clone().requires_grad_()
+    (wanted,) = torch.autograd.grad(size(x), x)
+    for found in (func.grad(size)(z), func.jacrev(size)(z), func.vjp(size, z)[1](torch.ones_like(z[0, 0]))[0]):
+        assert torch.equal(found, wanted)
+    for refused in (
+        lambda: func.vmap(size_of_one)(z),
+        lambda: func.vmap(func.grad(size_of_one))(z),
+        lambda: func.jvp(size, (z,), (z,)),
+        lambda: func.jacfwd(size)(z),
+        lambda: func.grad(by_parameters)(dict(f.named_parameters())),
+    ):
+        with pytest.raises(RuntimeError, match=r"jacobian under a torch\.func transform.*jacobian\(f, z\)"):
+            refused()
+
+
 def test_an_exported_block_gives_the_same_numbers(z: Tensor) -> None:
     """torch.export of a fixed-grid block computes what the block does."""
     flow = block(RK4(steps=4))
@@ -86,6 +116,17 @@ def test_inference_mode_leaves_nothing_behind_that_training_cannot_use(solver: R
 def test_export_leaves_nothing_behind_that_a_block_cannot_use(strict: bool, z: Tensor) -> None:
     """Tensors made while exporting are the exporter's own."""
     untouched(lambda flow: torch.export.export(flow, (z,), strict=strict), RK4(steps=4), z)
+
+
+@pytest.mark.parametrize("solver", [RK4(steps=16), Dopri5(1e-10, 1e-10)], ids=repr)
+def test_an_end_time_has_a_forward_mode_derivative(solver: RK4 | Dopri5, z: Tensor) -> None:
+    """A scalar end time under jvp or as a dual number moves the end state by the field there."""
+    flow, t1 = block(solver), torch.tensor(1.0, dtype=torch.float64)
+    along = torch.func.jvp(lambda t: flow(z, t1=t), (t1,), (torch.ones_like(t1),))[1]
+    with forward_ad.dual_level():
+        dual = forward_ad.unpack_dual(flow(z, t1=forward_ad.make_dual(t1, torch.ones_like(t1)))).tangent
+    expected = flow.f(flow(z))
+    assert (along - expected).abs().max() < 1e-5 and (dual - along).abs().max() < 1e-12
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -145,6 +146,32 @@ def test_a_field_that_returns_the_same_buffer_again_is_refused(solver: Solver, m
         )
         with pytest.raises(ValueError, match=r"Reusing: the field has overwritten.*return a new tensor each time"):
             block(torch.ones(2, 3))
+
+
+@pytest.mark.parametrize("solver", [RK4(4), Dopri5()], ids=repr)
+def test_buffers_in_turn_are_refused_and_more_than_a_step_needs_are_not(solver: Solver) -> None:
+    """Two buffers are too few for a step of four stages; sixteen are never overwritten while they are needed."""
+
+    def block(buffers: int) -> ODEBlock:
+        ring = [torch.empty(2, 3) for _ in range(buffers)]
+        place = itertools.cycle(range(buffers))
+        return ODEBlock(lambda z: torch.sin(z, out=ring[next(place)]), solver=solver)
+
+    with torch.no_grad():
+        with pytest.raises(ValueError, match="has overwritten the tensor"):
+            block(2)(torch.ones(2, 3))
+        found, expected = block(16)(torch.ones(2, 3)), ODEBlock(torch.sin, time=False, solver=solver)(torch.ones(2, 3))
+    assert (found - expected).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("solver", [RK4(4), Dopri5(), Heun(4)], ids=repr)
+def test_rows_that_are_nan_are_not_taken_for_overwritten(solver: Solver) -> None:
+    """In inference mode values are compared; the row fails by itself, and the others come out."""
+    z = torch.ones(3, 2)
+    z[1] = torch.nan
+    with torch.inference_mode():
+        stats = ODEBlock(torch.sin, solver=solver, on_failure="isolate", time=False).solve(z).stats
+    assert stats.status.tolist() == [Status.OK, Status.NONFINITE, Status.OK]
 
 
 def test_a_field_that_returns_its_parameter_or_its_input_is_none_of_these() -> None:

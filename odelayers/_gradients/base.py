@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from odelayers._driver import Diffusion, Driver
-from odelayers._evaluator import Evaluator
+from odelayers._evaluator import Evaluator, readable
 from odelayers._field import Field, modules, parameters, tensors
 from odelayers._solution import GradientError
 from odelayers._solvers.base import Path, Solver
@@ -159,7 +159,7 @@ def check_cotangent(gradient: Tensor) -> None:
             "backward pass: a gradient that evaluates the field again cannot be differentiated twice "
             "(create_graph=True); use gradient=Backprop()"
         )
-    if not bool(gradient.isfinite().all()):
+    if readable(gradient) and not bool(gradient.isfinite().all()):
         raise GradientError(
             "backward pass: the gradient that reaches the solution is NaN or inf already: it comes from the loss or "
             "the layers after the block, not from the solve; look there first (torch.autograd.detect_anomaly)"

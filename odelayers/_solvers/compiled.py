@@ -15,7 +15,7 @@ from torch._functorch import config as functorch_config
 from torch._higher_order_ops import scan, while_loop
 
 from odelayers._driver import Clock
-from odelayers._evaluator import Evaluator, traced
+from odelayers._evaluator import Evaluator, dual, traced
 from odelayers._field import Field
 from odelayers._solvers.tableau import Row, Tableau
 
@@ -27,7 +27,8 @@ REMEDY = (
     "or leave compile=True out"
 )
 
-# What is compiled inside it looks at every call whether modules have been given hooks since.
+# What is compiled inside it looks at every call whether modules have been given hooks since. Threads may share it: the
+# patches of this configuration are context variables.
 _WATCHED = dynamo_config.patch(skip_nnmodule_hook_guards=False)
 
 
@@ -45,15 +46,16 @@ class Control(NamedTuple):
 class Programs:
     """The compiled programs of one block, made when first called; a copy of the block makes its own.
 
-    Where one does not compile, a warning says why, and the block is solved eagerly from then on; where it would be
-    compiled for too many sizes, those that come late are.
+    Where one does not compile, a warning says why, and the block is solved eagerly from then on; where torch would keep
+    too many programs (of other sizes, with or without a gradient to z, with or without outputs inside a step), the
+    calls that come late are.
     """
 
     def __init__(self) -> None:
         # By program and grad mode; None for one that does not compile.
         self._made: dict[tuple[Callable[..., Any], bool], Callable[..., Any] | None] = {}
-        # The same with the sizes of the inputs, which are constants: whether such a call is compiled.
-        self._sizes: dict[tuple[Any, ...], bool] = {}
+        # The same with all of the inputs that one program is made for: whether such a call is compiled.
+        self._calls: dict[tuple[Any, ...], bool] = {}
 
     def __reduce__(self) -> Any:
         return Programs, ()
@@ -70,8 +72,9 @@ class Programs:
             own = types.FunctionType(program.__code__.replace(), program.__globals__, program.__name__)
             self._made[key] = torch.compile(own, fullgraph=True, dynamic=False)
         compiled = self._made[key]
-        sizes = (*key, *(x.shape for x in inputs if isinstance(x, Tensor)))
-        known = self._sizes.get(sizes)
+        tensors = ((x.shape, x.requires_grad) for x in inputs if isinstance(x, Tensor))
+        call = (*key, *tensors, *(x for x in inputs if isinstance(x, bool)))
+        known = self._calls.get(call)
         if compiled is None or known is False:
             return None
         try:
@@ -81,18 +84,21 @@ class Programs:
             # The backward pass is compiled at once too, so that its failure is met here and not in backward().
             with functorch_config.patch(force_non_lazy_backward_lowering=True), _WATCHED:
                 found = compiled(*inputs)
-            self._sizes[sizes] = True
+            self._calls[call] = True
             return found
         except torch.OutOfMemoryError:
             raise
         except FailOnRecompileLimitHit:
-            self._sizes[sizes] = False
+            self._calls[call] = False
             limit = dynamo_config.recompile_limit
-            _warn(f"field {name} has been compiled for {limit} sizes already", "Pad the batches to few sizes")
+            _warn(f"field {name} has been compiled into {limit} programs already", "Pad the batches to few sizes")
         except Exception as error:  # said in the warning; a fault of the field itself comes again in the eager solve
-            if known and not isinstance(error, TorchDynamoException):
-                raise  # what has run before does not fail for being compiled
-            self._made[key] = None
+            runs = any(good for other, good in self._calls.items() if other[:2] == key)
+            if runs and not isinstance(error, TorchDynamoException):
+                raise  # what has run compiled does not fail for being compiled
+            self._calls[call] = False
+            if not runs:
+                self._made[key] = None
             reason = " ".join(str(error).split())[:300]
             _warn(f"torch.compile failed on field {name} ({type(error).__name__}: {reason})")
         return None
@@ -243,7 +249,7 @@ def solved_loop(
 
 def _run(f: Evaluator, program: Callable[..., Any], *inputs: Any) -> Any:
     programs: Programs = f.programs
-    if traced():  # whoever looks sees through the eager steps
+    if traced() or dual():  # whoever looks sees through the eager steps
         return None
     if f.half is not None:
         _warn(f"field {f.field.name} runs under autocast")

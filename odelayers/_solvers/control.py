@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
-import numpy as np  # scipy's, a dependency of its own right here too
+import numpy as np  # which scipy requires, so that it is there
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -22,7 +22,8 @@ __all__ = [
     "SHRINK",
     "STABILITY_LIMIT",
     "FirstGuess",
-    "RowClocks",
+    "PredictiveRowControl",
+    "RowControl",
     "Rows",
     "Verdict",
     "first_guess",
@@ -35,6 +36,7 @@ Rows = NDArray[Any]  # one number for each row under way, on the host
 SAFETY, SHRINK, GROW = 0.9, 0.2, 10.0
 # Beyond |h lambda| of about 3.3 an explicit method of order five is unstable (Hairer and Wanner, IV.2).
 STABILITY_LIMIT = 2.5
+RESOLUTION = 4 * np.finfo(np.float64).eps  # of a row's time; no step is shorter
 
 
 class FirstGuess(NamedTuple):
@@ -52,7 +54,7 @@ def first_guess(z: Tensor, k: Tensor, norm: Norm, rtol: float, atol: float) -> F
     return FirstGuess(torch.where((size < 1e-5) | (speed < 1e-5), 1e-6, 0.01 * size / speed), speed, scale)
 
 
-def second_guess(h: Tensor, fastest: Tensor, order: int) -> Tensor:
+def second_guess(h: Tensor, fastest: Tensor, order: float) -> Tensor:
     """Hairer's first step from the trial step h and the larger of speed and bend; h where that is not finite."""
     still = fastest <= 1e-15
     guess = torch.where(still, (h * 1e-3).clamp(min=1e-6), (0.01 / fastest.clamp(min=1e-15)) ** (1 / order))
@@ -77,7 +79,6 @@ class Verdict(NamedTuple):
         passed: whether it passes an output time, or ends at one.
         done: whether the row is at its end.
         failed: whether it can go no further.
-        factor: how the step's length changes.
     """
 
     taken: Rows
@@ -85,7 +86,6 @@ class Verdict(NamedTuple):
     passed: Rows
     done: Rows
     failed: Rows
-    factor: Rows
 
     def kept(self, share: float) -> Rows | None:
         """The places of the rows that go on, if a row has failed or this share of the rows is done; else None."""
@@ -95,44 +95,90 @@ class Verdict(NamedTuple):
         return (~(self.done | self.failed)).nonzero()[0]
 
 
-class RowClocks:
-    """The rows under way with a time and a step length each, on the host in float64.
+class RowControl:
+    """The rows under way with a time and a step length each, on the host in float64, under an elementary control.
 
     In numpy, whose small arrays cost a third of torch's. All rows try a step at once, so they have tried equally many.
-    `h` is a length, `way` its sign; `reached` counts the output times `ts` that a row has behind it.
+    `h` is the length of the last try and `next` that of the next, `way` their sign; `reached` counts the output times
+    `ts` that a row has behind it.
     """
 
-    def __init__(self, ts: Sequence[float], h: Rows, order: int, max_steps: int) -> None:
+    grow: ClassVar[float] = GROW
+
+    def __init__(self, ts: Sequence[float], first: Rows, order: float, max_steps: int) -> None:
         self.ts, self.t1, self.way = np.array(ts), ts[-1], math.copysign(1.0, ts[-1] - ts[0])
-        self.order, self.max_steps, self.tried = order, max_steps, 0
-        self.rows, self.h, self.t = np.arange(len(h)), h, np.full_like(h, ts[0])
-        self.reached = np.ones(len(h), dtype=np.int64)
-        self.shortest = 4 * np.finfo(np.float64).eps * abs(ts[-1] - ts[0])
+        self.power, self.max_steps, self.tried = 1 / order, max_steps, 0
+        self.rows, self.t, self.next = np.arange(len(first)), np.full_like(first, ts[0]), first
+        self.reached, self.shortest = np.ones(len(first), dtype=np.int64), RESOLUTION * first
+
+    @property
+    def goal(self) -> Rows | float:
+        """The times that no step may pass."""
+        return self.t1
 
     def lengths(self) -> Rows:
-        """The signed lengths of the next try; the last step ends exactly at t1, rows there stand still."""
-        left = (self.t1 - self.t) * self.way
-        self.h = np.where(self.h * 1.01 >= left, left, self.h)
+        """The signed lengths of the next try; the last step ends exactly at the goal, rows at their end stand still."""
+        left = (self.goal - self.t) * self.way
+        self.arriving = self.next * 1.01 >= left  # a step that would leave a sliver is stretched
+        self.h = np.where(self.arriving, left, self.next)
         return self.h * self.way
 
     def judge(self, error: Rows) -> Verdict:
         """Take the steps whose error is at most 1, and choose the lengths of the next."""
         self.tried += 1
-        begun, left = self.t, (self.t1 - self.t) * self.way
-        taken = (error <= 1.0) & (left > 0)
-        end = np.where(self.h == left, self.t1, begun + self.h * self.way)
+        begun, taken = self.t, self._choose(error)
+        end = np.where(self.arriving, self.goal, begun + self.h * self.way)
         self.t = np.where(taken, end, begun)
         done = self.t == self.t1
         passed = taken & ((self.ts[np.where(done, -1, self.reached)] - self.t) * self.way <= 0)
+        stuck = self.next < np.maximum(self.shortest, RESOLUTION * abs(self.t))
+        return Verdict(taken, begun, passed, done, (stuck | (self.tried >= self.max_steps)) & ~done)
+
+    def _choose(self, error: Rows) -> Rows:
+        """Set the length of every row's next try; gives the rows that take the step."""
         # fmax and fmin shrink where the error is NaN
-        factor = np.fmin(np.fmax(SAFETY * np.maximum(error, 1e-30) ** (-1 / self.order), SHRINK), GROW)
-        self.h = self.h * factor
-        if self.tried >= self.max_steps:
-            failed = ~done
-        else:
-            failed = ((self.h < self.shortest) | (self.t + self.h * self.way == self.t)) & ~done
-        return Verdict(taken, begun, passed, done, failed, factor)
+        factor = np.fmin(np.fmax(SAFETY * np.maximum(error, 1e-30) ** -self.power, SHRINK), self.grow)
+        self.next = self.h * factor
+        return (error <= 1.0) & (self.h > 0)
 
     def go_on(self, keep: Rows) -> None:
         """Leave out all rows but those at the places `keep`."""
-        self.rows, self.t, self.h, self.reached = (x[keep] for x in (self.rows, self.t, self.h, self.reached))
+        for name in ("rows", "t", "next", "reached", "shortest"):
+            setattr(self, name, getattr(self, name)[keep])
+
+
+class PredictiveRowControl(RowControl):
+    """Gustafsson's predictive control of steps that end at every output time.
+
+    It foresees the error's growth from the last two steps, which spares most of the rejections at the sudden turns of
+    stiff solutions. Source: Hairer and Wanner, Solving ODEs II, IV.8.
+    """
+
+    grow = 6.0
+
+    def __init__(self, ts: Sequence[float], first: Rows, order: float, max_steps: int) -> None:
+        super().__init__(ts, first, order, max_steps)
+        self.refused = np.zeros(len(first), dtype=bool)
+        self.last_h = self.last_error = np.full_like(first, np.nan)  # of the step taken last; there is none yet
+
+    @property
+    def goal(self) -> Rows:
+        return self.ts[np.minimum(self.reached, len(self.ts) - 1)]
+
+    def _choose(self, error: Rows) -> Rows:
+        finite = np.isfinite(error)
+        if not finite.all():
+            # No row takes it: the others try again, lest zeros times infinities enter their gradients.
+            self.next = np.where(finite, self.next, SHRINK * self.h)
+            return np.zeros_like(finite)
+        taken, floored = (error <= 1.0) & (self.h > 0), np.maximum(error, 1e-10)
+        factor = SAFETY * floored**-self.power
+        foreseen = SAFETY * self.h / self.last_h * (self.last_error / floored**2) ** self.power
+        factor = np.where(taken, np.fmin(factor, foreseen), factor).clip(SHRINK, self.grow)
+        following = self.h * np.where(taken & self.refused, np.minimum(factor, 1.0), factor)
+        # A step cut short by an output time does not make the next one short.
+        self.next = np.where(taken & self.arriving, np.maximum(following, self.next), following)
+        self.last_h = np.where(taken, self.h, self.last_h)
+        self.last_error = np.where(taken, np.maximum(error, 1e-2), self.last_error)
+        self.refused = ~taken
+        return taken

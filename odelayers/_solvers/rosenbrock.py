@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,18 +14,18 @@ from odelayers._driver import Driver, against
 from odelayers._evaluator import Evaluator, transformed
 from odelayers._field import as_rows
 from odelayers._jacobian import differentials, refuse_batch_statistics
-from odelayers._solution import SolveError, Status
 from odelayers._solvers.adaptive import Adaptive
-from odelayers._solvers.base import Norm, State, Taken, fail, nonfinite_rows
+from odelayers._solvers.base import Norm, State, Taken
+from odelayers._solvers.control import PredictiveRowControl, Rows
 from odelayers._solvers.factored import Factored
 from odelayers._solvers.rosenbrock_tableau import RODAS5P, RosenbrockTableau
-from odelayers._solvers.rowwise import RowControl, RowStep
+from odelayers._solvers.rows import RowMarch, RowStep, failed_rows, failure, first_steps, grid, host, on, passed
 from odelayers._solvers.stages import combined
 
 __all__ = ["Rodas5P"]
 
 
-class Try(NamedTuple):
+class RosenbrockTry(NamedTuple):
     """One attempted step: the result, the embedded error, and the field's rows at its start."""
 
     z: Tensor
@@ -34,44 +34,46 @@ class Try(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Rosenbrock(Adaptive):
+class Rosenbrock(RowMarch, Adaptive):
     """An embedded, stiffly accurate Rosenbrock method; every row steps by itself."""
 
     tableau: ClassVar[RosenbrockTableau]
 
     def start(self, f: Evaluator, t0: float, z0: Tensor, driver: Driver) -> State:
-        return z0, z0.new_empty(0, *z0.shape[1:])  # the state, and the outputs found
+        return (z0,)
 
     def march(self, f: Evaluator, z0: Tensor, ts: Sequence[float], driver: Driver, norm: Norm) -> Iterator[Taken]:
         self._refuse(f)
-        tolerances = self.tolerances(f, z0)
-        first = self._first_steps(f, z0, ts[0], ts[-1], driver, norm, *tolerances)
-        control = RowControl(ts, first.to("cpu", torch.float64), self.tableau.order)
-        before, rejected = self.start(f, ts[0], z0, driver), 0
-        while (going := control.going).any():
-            h = control.propose()
-            attempt = self._attempt(f, control.t, h, before[0], driver)
+        tolerances, z = self.tolerances(f, z0), z0
+        with torch.no_grad():
+            k = driver.terms(f, z0.new_full((len(z0),), ts[0]), z0)[0]
+        first = first_steps(self, f, (z0, k), ts, driver, norm, tolerances)
+        control = PredictiveRowControl(ts, first, self.tableau.order, self.max_steps)
+        while (control.t != control.t1).any():
+            h = control.lengths()
+            attempt = self._attempt(f, control.t, h, z, driver)
             with torch.no_grad():  # the step's one host read
-                errors = norm(self._scaled_error(attempt, before[0], *tolerances)).to("cpu", torch.float64)
-            ok = control.judge(errors)
-            if (ok & going).any():
+                error = host(norm(self._scaled_error(attempt, z, *tolerances)))
+            verdict, before = control.judge(error), z
+            if verdict.taken.any():
+                h = np.where(verdict.taken, h, 0.0)
+                outputs = passed(control, verdict, f.batch)
+                step = RowStep(control.tried, verdict.taken.nonzero()[0], None, verdict.begun, h, None, outputs)
                 z = attempt.z
-                if not ok.all():
-                    z = torch.where(against(ok.to(z.device), z.ndim), z, before[0])
-                step = control.advance(ok)
-                after, outputs = self._after(z, step, before)
-                yield Taken(step, before, after, outputs, rejected)
-                before, rejected = after, 0
-            else:
-                rejected += 1
-            if control.stuck.any() or (control.tried >= self.max_steps and control.going.any()):
-                raise self._failure(f, driver, control, before[0], attempt.k)
+                if not verdict.taken.all():
+                    z = torch.where(against(on(z, verdict.taken), z.ndim), z, before)
+                yield Taken(step, (before,), (z,), self._outputs(z, step), 0)
+            if verdict.failed.any():
+                failures = failed_rows((before, attempt.k), error, control, verdict.failed.nonzero()[0])
+                raise failure(self, f, z0, failures, driver)
 
     def again(self, f: Evaluator, step: RowStep, before: State, driver: Driver) -> tuple[State, list[Tensor]]:
-        return self._after(self._attempt(f, step.t, step.h, before[0], driver).z, step, before)
+        z = self._attempt(f, step.t, step.h, before[0], driver).z
+        return (z,), self._outputs(z, step)
 
-    def spread(self, gradient: Tensor, steps: Sequence[RowStep]) -> list[list[Tensor]]:
-        return [[] if step.order is None else [*gradient[1:]] for step in steps]  # the last step hands over all
+    def _outputs(self, z: Tensor, step: RowStep) -> list[Tensor]:
+        """The states at the output times that the step ends at."""
+        return [] if step.outputs is None else [z.index_select(0, on(z, step.outputs.ends))]
 
     def _refuse(self, f: Evaluator) -> None:
         if transformed():
@@ -82,13 +84,10 @@ class Rosenbrock(Adaptive):
             )
         refuse_batch_statistics(f.field, repr(self))
 
-    def _attempt(self, f: Evaluator, t: Tensor, h: Tensor, z: Tensor, driver: Driver) -> Try:
-        """One step of length h (B,) from t (B,); a row of length 0 stays where it is, and so does its derivative."""
+    def _attempt(self, f: Evaluator, t: Rows, h: Rows, z: Tensor, driver: Driver) -> RosenbrockTry:
+        """One step of length h from t of each row; one of length 0 stays where it is, and so does its derivative."""
         tableau = self.tableau
-        c = torch.tensor(tableau.c, dtype=torch.float64).unsqueeze(1)
-        # All that the device must know of the times goes there at once.
-        length, *times = torch.cat([h.unsqueeze(0), t + c * h]).to(z).unbind(0)
-        times = [against(s, driver.clock.ndim) for s in times]
+        *times, length = grid(tableau.c, t, h, z).unbind(0)
         length = length.unsqueeze(1)
         k, J, drift = self._linear(f, times[0], z, driver)
         W = Factored(torch.eye(J.shape[-1], dtype=z.dtype, device=z.device) - tableau.gamma * length.unsqueeze(-1) * J)
@@ -105,7 +104,7 @@ class Rosenbrock(Adaptive):
                 right = combined(right, stages, tableau.e[i - 1], tableau.gamma)
             stages.append(W.solve(right))
         # The method is stiffly accurate: its last stage is the embedded error.
-        return Try(combined(rows, stages, tableau.b, 1.0).view(z.shape), stages[-1].view(z.shape), k)
+        return RosenbrockTry(combined(rows, stages, tableau.b, 1.0).view(z.shape), stages[-1].view(z.shape), k)
 
     def _linear(self, f: Evaluator, s: Tensor, z: Tensor, driver: Driver) -> tuple[Tensor, Tensor, Tensor | None]:
         """Value (B, D), Jacobian (B, D, D) and derivative in time (B, D) of dz/ds, where s is the solver's time."""
@@ -116,59 +115,10 @@ class Rosenbrock(Adaptive):
         rate = rate.reshape(-1, 1)
         return rate * value, rate.unsqueeze(-1) * J, None if drift is None else rate.square() * drift
 
-    def _after(self, z: Tensor, step: RowStep, before: State) -> tuple[State, list[Tensor]]:
-        """The state after a step with the outputs that it reaches; after the last, all outputs in their order."""
-        found = before[1]
-        if len(step.rows):
-            found = torch.cat([found, z[step.rows.to(z.device)]])
-        outputs: list[Tensor] = []
-        if step.order is not None:
-            found = found[step.order.to(z.device)]
-            outputs = [*found.view(len(found) // len(z), *z.shape).unbind(0), z]
-        return (z, found), outputs
-
-    def _scaled_error(self, attempt: Try, z: Tensor, rtol: float, atol: float) -> Tensor:
+    def _scaled_error(self, attempt: RosenbrockTry, z: Tensor, rtol: float, atol: float) -> Tensor:
         """The embedded error over atol + rtol max(|z|, |z'|)."""
         scale = torch.maximum(z.abs(), attempt.z.abs()).mul_(rtol).add_(atol)
         return attempt.error / scale
-
-    @torch.no_grad()
-    def _first_steps(
-        self, f: Evaluator, z: Tensor, t0: float, t1: float, driver: Driver, norm: Norm, rtol: float, atol: float
-    ) -> Tensor:
-        """The given first step, or Hairer's choice for each row (Solving ODEs I, II.4), `(B,)`."""
-        span, way, ndim = abs(t1 - t0), math.copysign(1.0, t1 - t0), driver.clock.ndim
-        s = against(z.new_full((len(z),), t0), ndim)
-        k = driver.terms(f, s, z)[0]
-        scale = z.abs().mul_(rtol).add_(atol)
-        size, speed = norm(z / scale), norm(k / scale)
-        bad = nonfinite_rows(z) | nonfinite_rows(k)
-        beyond = bad | ~size.isfinite() | ~speed.isfinite()
-        if beyond.any():
-            raise fail(self, f, beyond, t0, driver, Status.NONFINITE if bad.any() else Status.BLOW_UP)
-        if self.first_step is not None:
-            return torch.full_like(size, min(self.first_step, span))
-        h = torch.where((size < 1e-5) | (speed < 1e-5), 1e-6, 0.01 * size / speed).clamp(max=span)
-        there = driver.terms(f, s + way * against(h, ndim), z + way * against(h, z.ndim) * k)[0]
-        fastest = torch.maximum(speed, norm((there - k) / scale) / h)
-        guess = (0.01 / fastest) ** (1 / self.tableau.order)
-        guess = torch.where(fastest <= 1e-15, (h * 1e-3).clamp(min=1e-6), guess)
-        return torch.where(fastest.isfinite(), torch.minimum(100 * h, guess), h).clamp(max=span)
-
-    @torch.no_grad()
-    def _failure(self, f: Evaluator, driver: Driver, control: RowControl, z: Tensor, k: Tensor) -> SolveError:
-        """Say which rows stopped the solve and why."""
-        rows, status = control.stuck, Status.STEP_UNDERFLOW
-        if not rows.any():
-            rows, status = control.going, Status.MAX_STEPS
-        size, speed = as_rows(z).to("cpu", torch.float64), k.to("cpu", torch.float64)
-        outwards = (size * speed).sum(dim=1) * control.way > 0
-        brief = size.norm(dim=1) < 1e-6 * control.t.abs().clamp(min=1e-6) * speed.norm(dim=1)
-        blown = rows & (~control.finite | outwards & brief)
-        if blown.any():
-            rows, status = blown, Status.BLOW_UP
-        note = f"after {control.tried} steps tried, the last of length {control.h[rows].min().item():.3g}"
-        return fail(self, f, rows, against(control.t.to(z), driver.clock.ndim), driver, status, note)
 
 
 @dataclass(frozen=True)

@@ -2,28 +2,48 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from odelayers._driver import Driver
+from odelayers._driver import Driver, against
 from odelayers._evaluator import Evaluator, traced
 from odelayers._field import as_rows
 from odelayers._solution import SolveError, Status
-from odelayers._solvers.base import Path, Solver, State, Taken, Trace, fail
-from odelayers._solvers.control import STABILITY_LIMIT, RowClocks, Rows, Verdict
+from odelayers._solvers.base import MarchingSolver, Norm, Path, Solver, State, Taken, Trace, fail
+from odelayers._solvers.control import (
+    STABILITY_LIMIT,
+    RowControl,
+    Rows,
+    Verdict,
+    first_guess,
+    nonfinite_start,
+    second_guess,
+)
 from odelayers._solvers.stages import Stages
 from odelayers._solvers.tableau import Tableau
 
-__all__ = ["Failed", "Outputs", "Part", "RowStep", "Try", "column", "failed_rows", "failure", "passed"]
+if TYPE_CHECKING:
+    from odelayers._solvers.adaptive import Adaptive
 
-
-def column(per_row: Tensor, ndim: int) -> Tensor:
-    """One number a row `(..., B)`, shaped to broadcast against a state of `ndim` axes."""
-    return per_row.reshape(*per_row.shape, *[1] * (ndim - 1))
+__all__ = [
+    "Failed",
+    "Outputs",
+    "Part",
+    "RowMarch",
+    "RowStep",
+    "RowTry",
+    "failed_rows",
+    "failure",
+    "first_steps",
+    "grid",
+    "h_lambda",
+    "passed",
+]
 
 
 def on(like: Tensor, x: Rows) -> Tensor:
@@ -42,6 +62,38 @@ def pick(state: State, places: Rows | None) -> State:
         return state
     at = on(state[0], places)
     return tuple(x.index_select(0, at) for x in state)
+
+
+def grid(c: Sequence[float], t: Rows, h: Rows, like: Tensor) -> Tensor:
+    """The times of the stages and the signed lengths, in the state's dtype and on its device."""
+    found = np.empty((len(c) + 1, len(t)))
+    np.multiply.outer(c, h, out=found[:-1])
+    found[:-1] += t
+    found[-1] = h
+    return torch.from_numpy(found).to(like.device, like.dtype)
+
+
+@torch.no_grad()
+def first_steps(
+    solver: Adaptive,
+    f: Evaluator,
+    before: State,
+    ts: Sequence[float],
+    driver: Driver,
+    norm: Norm,
+    tolerances: tuple[float, float],
+) -> Rows:
+    """The given first step, or Hairer's choice for each row, from its state and slope; on the host."""
+    z, k = before
+    guess, span, way = first_guess(z, k, norm, *tolerances), abs(ts[-1] - ts[0]), math.copysign(1.0, ts[-1] - ts[0])
+    if not bool((guess.h.isfinite() & guess.speed.isfinite()).all()):
+        raise nonfinite_start(solver, f, z, k, guess, ts[0], driver)
+    if solver.first_step is not None:
+        return np.full(len(z), min(solver.first_step, span))
+    h = guess.h.clamp(max=span)
+    there = driver.terms(f, ts[0] + way * h, z + against(way * h, z.ndim) * k)[0]
+    fastest = torch.maximum(guess.speed, norm((there - k) / guess.scale) / h)
+    return host(second_guess(h.cpu().double(), fastest.cpu().double(), solver.order).clamp(max=span))
 
 
 class Part:
@@ -74,7 +126,7 @@ class Part:
         )
 
 
-class Try(NamedTuple):
+class RowTry(NamedTuple):
     """An attempted step: the result and its slope, the stages times the length, the state of the last but one."""
 
     z: Tensor
@@ -86,24 +138,26 @@ class Try(NamedTuple):
 class Outputs(NamedTuple):
     """The outputs of a step: their places among the solve's, first those at its end, then those on the way.
 
-    `ends` and `inner` are the places, in the state before it, of the rows that have them, `weights` those of the
-    stages on the way.
+    `ends` and `inner` are the places, in the state before it, of the rows that have them, `theta` the fractions of
+    the step at which those on the way lie.
     """
 
     places: Rows
     ends: Rows
     inner: Rows
-    weights: Rows
+    theta: Rows
 
-    def read(self, z: Tensor, attempt: Try, among: Rows | None = None) -> Tensor:
+    def read(self, z: Tensor, attempt: RowTry, tableau: Tableau, among: Rows | None = None) -> Tensor:
         """The states there, from the state before and the try; `among`: the try was of these rows alone."""
         ends, inner = (x if among is None else among.searchsorted(x) for x in (self.ends, self.inner))
         found = attempt.z.index_select(0, on(z, ends))
         if not len(inner):
             return found
-        at, weights = on(z, inner), on(z, self.weights.T).to(z.dtype)
+        dense = np.array(tableau.dense)
+        powers = self.theta[:, None] ** np.arange(1, dense.shape[1] + 1)
+        at, weights = on(z, inner), on(z, dense @ powers.T).to(z.dtype)
         stages = torch.stack([attempt.stages.keep(i) for i in range(len(weights))])
-        change = (column(weights, z.ndim) * stages.index_select(1, at)).sum(dim=0)
+        change = (against(weights, z.ndim) * stages.index_select(1, at)).sum(dim=0)
         return torch.cat([found, z.index_select(0, at) + change])
 
 
@@ -113,8 +167,8 @@ class RowStep(NamedTuple):
     Attributes:
         tried: steps tried so far by each row under way.
         rows: the rows of the batch that take it.
-        among: their places in the state before it; None: they are all of its rows.
-        t, h: their times at its start and the signed lengths.
+        among: the places of those that try it in the state before it; None: all of its rows.
+        t, h: the times of these at its start and their signed lengths; one of length 0 stays where it is.
         keep: the places of the rows of the state that go on after it; None: all of them.
         outputs: its outputs, None where it has none.
     """
@@ -152,23 +206,32 @@ class RowTrace(Trace):
         return Path(zs, self.accepted, self.rejected, on(z0, self.steps))
 
 
-def passed(tableau: Tableau, clocks: RowClocks, verdict: Verdict, batch: int) -> Outputs | None:
-    """The output times that the rows of a step pass on its way or end it at; the clocks are moved past them."""
+class RowMarch(MarchingSolver):
+    """A march whose steps are those of rows by themselves."""
+
+    def trace(self, z0: Tensor) -> RowTrace:
+        return RowTrace(z0)
+
+    def spread(self, gradient: Tensor, steps: Sequence[RowStep]) -> list[list[Tensor]]:
+        flat = gradient[1:].flatten(0, 1)
+        return [[] if s.outputs is None else [flat.index_select(0, on(flat, s.outputs.places))] for s in steps]
+
+
+def passed(control: RowControl, verdict: Verdict, batch: int) -> Outputs | None:
+    """The output times that the rows of a step pass on its way or end it at; the rows are moved past them."""
     if not verdict.passed.any():
         return None
-    at, ts, way = verdict.passed.nonzero()[0], clocks.ts, clocks.way
-    first, beyond = clocks.reached[at], (ts * way).searchsorted(clocks.t[at] * way, side="right")
-    clocks.reached[at] = beyond
+    at, ts, way = verdict.passed.nonzero()[0], control.ts, control.way
+    first, beyond = control.reached[at], (ts * way).searchsorted(control.t[at] * way, side="right")
+    control.reached[at] = beyond
     who, count = at.repeat(beyond - first), beyond - first
     which = first.repeat(count) + np.arange(len(who)) - (count.cumsum() - count).repeat(count)
-    inside = ts[which] != clocks.t[who]
+    inside = ts[which] != control.t[who]
     order = inside.argsort(kind="stable")
     who, which, ends = who[order], which[order], len(who) - np.count_nonzero(inside)
     inner, begun = who[ends:], verdict.begun[who[ends:]]
-    theta = (ts[which[ends:]] - begun) / (clocks.t[inner] - begun)
-    dense = np.array(tableau.dense)
-    weights = theta[:, None] ** np.arange(1, dense.shape[1] + 1) @ dense.T
-    return Outputs((which - 1) * batch + clocks.rows[who], who[:ends], inner, weights)
+    theta = (ts[which[ends:]] - begun) / (control.t[inner] - begun)
+    return Outputs((which - 1) * batch + control.rows[who], who[:ends], inner, theta)
 
 
 class Failed(NamedTuple):
@@ -182,22 +245,32 @@ class Failed(NamedTuple):
 
 
 @torch.no_grad()
-def failed_rows(before: State, attempt: Try, error: Rows, clocks: RowClocks, verdict: Verdict) -> list[Failed]:
-    """The rows that failed in a try, each with its cause."""
-    at = verdict.failed.nonzero()[0]
-    rows, t, h = on(before[0], at), clocks.t[at], clocks.h[at]
-    change = attempt.stages.get(-1) - attempt.stages.get(-2)
-    z, k, moved, changed = (as_rows(x)[rows].cpu().double() for x in (*before, attempt.z - attempt.last, change))
-    # |h lambda| from two stages at one time (Hairer and Wanner, IV.2); NaN where they are at one state
-    reach = torch.from_numpy(verdict.factor[at]) * changed.norm(dim=1) / moved.norm(dim=1)
+def h_lambda(attempt: RowTry, control: RowControl, at: Rows) -> Tensor:
+    """|h lambda| of the next try of the rows `at`, from two stages at one time; NaN where they are at one state.
+
+    Source: Hairer and Wanner, Solving ODEs II, IV.2.
+    """
+    rows, factor = on(attempt.z, at), torch.from_numpy(control.next[at] / control.h[at])
+    change, moved = attempt.stages.get(-1) - attempt.stages.get(-2), attempt.z - attempt.last
+    changed, moved = (as_rows(x)[rows].cpu().double().norm(dim=1) for x in (change, moved))
+    found: Tensor = factor * changed / moved
+    return found
+
+
+@torch.no_grad()
+def failed_rows(before: State, error: Rows, control: RowControl, at: Rows, reach: Tensor | None = None) -> list[Failed]:
+    """The rows `at` that failed in a try from a state and its slope, each with its cause."""
+    rows, t, h = on(before[0], at), control.t[at], control.h[at]
+    z, k = (as_rows(x)[rows].cpu().double() for x in before)
     small = z.norm(dim=1) < 1e-6 * torch.from_numpy(np.maximum(abs(t), 1e-6)) * k.norm(dim=1)
-    runaway = small & ((z * k).sum(dim=1) * clocks.way > 0)
-    spent = Status.MAX_STEPS if clocks.tried >= clocks.max_steps else Status.STEP_UNDERFLOW
+    runaway = small & ((z * k).sum(dim=1) * control.way > 0)
+    spent = Status.MAX_STEPS if control.tried >= control.max_steps else Status.STEP_UNDERFLOW
     status = np.full(len(at), int(spent))
-    status[(reach.isfinite() & (reach > STABILITY_LIMIT)).numpy()] = Status.STIFF
+    if reach is not None:
+        status[(reach.isfinite() & (reach > STABILITY_LIMIT)).numpy()] = Status.STIFF
     status[runaway.numpy() | ~np.isfinite(error[at])] = Status.BLOW_UP
-    lists = [x.tolist() for x in (clocks.rows[at], t, status, h)]
-    return [Failed(row, t, status, clocks.tried, h) for row, t, status, h in zip(*lists, strict=True)]
+    lists = [x.tolist() for x in (control.rows[at], t, status, h)]
+    return [Failed(row, t, status, control.tried, h) for row, t, status, h in zip(*lists, strict=True)]
 
 
 def failure(solver: Solver, f: Evaluator, z0: Tensor, failures: Sequence[Failed], driver: Driver) -> SolveError:

@@ -9,9 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._guards import detect_fake_mode
-from torch.autograd import forward_ad
 
-from odelayers._evaluator import traced
+from odelayers._evaluator import dual, traced
 from odelayers._solvers.tableau import Tableau
 
 __all__ = ["Compiled", "Stages", "combined", "stages_like"]
@@ -246,6 +245,6 @@ class _Advance(torch.autograd.Function):
 
 def stages_like(tableau: Tableau, z: Tensor) -> Stages:
     """Buffers, chained under autograd; a list for methods of few stages and where transforms or compilers look."""
-    if len(tableau.c) <= FEW or traced() or forward_ad._current_level >= 0:
+    if len(tableau.c) <= FEW or traced() or dual():
         return Recorded(tableau)
     return Chained(tableau, z) if torch.is_grad_enabled() else Buffered(tableau, z)
