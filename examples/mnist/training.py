@@ -142,8 +142,7 @@ class _Learner:
             raise ValueError(f"Phase.trains: there is nothing to train in {phase.trains!r}: all its weights are fixed")
         self.optimiser = phase.optimiser.build(weights, phase.lr)
         self.total = phase.epochs * -(-len(data) // phase.batch)
-        cycle = torch.optim.lr_scheduler.OneCycleLR(self.optimiser, phase.lr, total_steps=self.total + 1)
-        self.schedule = cycle if phase.one_cycle else torch.optim.lr_scheduler.ConstantLR(self.optimiser, factor=1.0)
+        self.schedule = phase.schedule(self.optimiser, self.total)
         decay = phase.average and get_ema_multi_avg_fn(phase.average)
         self.averaged = AveragedModel(model, multi_avg_fn=decay, use_buffers=True) if decay else None
         self.done, self.loss = 0, math.nan
