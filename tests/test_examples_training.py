@@ -231,7 +231,7 @@ def test_a_constant_rate_is_the_phase_s() -> None:
 def test_divergence_is_an_outcome_that_a_record_can_keep(block: Block) -> None:
     """At an absurd rate of SGD training ends as Diverged, with phase, epoch, loss, reason and the epochs before."""
     phases = (Phase("all", 1, 1e-3, batch=32), Phase("all", 50, 1e38, batch=32, optimiser=SGD()))
-    with pytest.raises(Diverged, match="phase 2/2, epoch .*: training diverged at step") as caught:
+    with pytest.raises(Diverged, match="phase 2/2: training diverged in epoch .*, step ") as caught:
         train(classifier(block, net="conv"), DIGITS, phases, False, 0, "M")
     outcome = caught.value.outcome
     assert outcome["phase"] == 2 and outcome["epoch"] >= 1 and outcome["reason"]
