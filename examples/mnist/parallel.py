@@ -60,7 +60,7 @@ class Processes:
 
     def any(self, flag: bool, device: torch.device) -> bool:
         """Whether it holds in any process."""
-        return self.average(torch.tensor(float(flag), device=device)).item() > 0
+        return flag if self.count == 1 else self.average(torch.tensor(float(flag), device=device)).item() > 0
 
     def prepare(self, model: nn.Module, device: torch.device) -> None:
         """Make batch normalisation in `model` use the whole batch, in place, where torch can."""

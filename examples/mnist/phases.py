@@ -68,3 +68,9 @@ class Phase:
             raise ValueError("Phase.cross_entropy: expected a weight > 0 where there is no penalty")
         if self.average is not None and not 0 < self.average < 1:
             raise ValueError(f"Phase.average: expected a decay in (0, 1), got {self.average}")
+
+    def schedule(self, optimiser: torch.optim.Optimizer, steps: int) -> torch.optim.lr_scheduler.LRScheduler:
+        """The learning rate over `steps` steps. (A OneCycleLR changes the optimiser as soon as it is made.)"""
+        if self.one_cycle:
+            return torch.optim.lr_scheduler.OneCycleLR(optimiser, self.lr, total_steps=steps + 1)
+        return torch.optim.lr_scheduler.ConstantLR(optimiser, factor=1.0)

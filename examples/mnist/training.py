@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -35,12 +35,14 @@ class Diverged(RuntimeError):
     """A training that cannot go on: the loss is no number, or a solve failed.
 
     Attributes:
-        outcome: what a record keeps of it, ready for JSON: phase, epoch and step, the loss there (None where it is no
-            number or there was none), the reason, and the `log` of the epochs before.
+        outcome: what a record keeps of it, ready for JSON: phase, what it trains, epoch, step of the phase, the last
+            loss (None where it is no number, or there was none), the reason, and the `log` of the epochs before.
     """
 
     def __init__(self, what: str, outcome: dict[str, Any]) -> None:
-        super().__init__(f"{what}: training diverged at step {outcome['step']}: {outcome['reason']}")
+        super().__init__(
+            f"{what}: training diverged in epoch {outcome['epoch']}, step {outcome['step']}: {outcome['reason']}"
+        )
         self.outcome = outcome
 
 
@@ -67,25 +69,29 @@ def train(
     judging = torch.Generator(device)  # the same in all processes, and the same noise after every epoch
     log: list[dict[str, Any]] = []
     for number, phase in enumerate(phases, 1):
-        with _frozen_but(model, phase.trains):
-            penalty = phase.penalty or (Constraints() if regularised else None)
-            learner = _Learner(model, phase, penalty, data.train, draws, processes)
-            for epoch in range(1, phase.epochs + 1):
-                where = {"phase": number, "trains": phase.trains, "epoch": epoch}
-                label = f"{what}: phase {number}/{len(phases)}, epoch {epoch}/{phase.epochs}"
-                try:
-                    line = where | learner.epoch(order, label)
-                    judged = learner.result
-                    line["validation"] = accuracy(judged, data.validation, judging.manual_seed(seed))
-                    if phase.adversary:
-                        line["adversarial"] = adversarial_accuracy(judged, data.validation, judging.manual_seed(seed))
-                except (SolveError, GradientError, _NoNumber) as error:
-                    loss = learner.loss if math.isfinite(learner.loss) else None
-                    at = {"step": learner.done, "loss": loss, "reason": str(error), "log": log}
-                    raise Diverged(label, where | at) from error
-                log.append(line)
-            learner.finish()
+        learner, epoch = None, 1
+        label = f"{what}: phase {number}/{len(phases)}"
+        try:
+            with _frozen_but(model, phase.trains):
+                penalty = phase.penalty or (Constraints() if regularised else None)
+                learner = _Learner(model, phase, penalty, data.train, draws, processes)
+                for epoch in range(1, phase.epochs + 1):
+                    line = learner.epoch(order, f"{label}, epoch {epoch}/{phase.epochs}")
+                    line |= _judged(learner.result, phase, data.validation, judging, seed)
+                    log.append({"phase": number, "trains": phase.trains, "epoch": epoch, **line})
+                learner.finish()
+        except (SolveError, GradientError, _NoNumber) as error:
+            loss = learner.loss if learner and math.isfinite(learner.loss) else None
+            at = {"phase": number, "trains": phase.trains, "epoch": epoch, "step": learner.done if learner else 0}
+            raise Diverged(label, {**at, "loss": loss, "reason": str(error), "log": log}) from error
     return log
+
+
+def _judged(model: Classifier, phase: Phase, data: Split, judging: torch.Generator, seed: int) -> dict[str, float]:
+    scores = {"validation": accuracy(model, data, judging.manual_seed(seed))}
+    if phase.adversary:
+        scores["adversarial"] = adversarial_accuracy(model, data, judging.manual_seed(seed))
+    return scores
 
 
 class _NoNumber(ArithmeticError):
@@ -142,8 +148,7 @@ class _Learner:
             raise ValueError(f"Phase.trains: there is nothing to train in {phase.trains!r}: all its weights are fixed")
         self.optimiser = phase.optimiser.build(weights, phase.lr)
         self.total = phase.epochs * -(-len(data) // phase.batch)
-        cycle = torch.optim.lr_scheduler.OneCycleLR(self.optimiser, phase.lr, total_steps=self.total + 1)
-        self.schedule = cycle if phase.one_cycle else torch.optim.lr_scheduler.ConstantLR(self.optimiser, factor=1.0)
+        self.schedule = phase.schedule(self.optimiser, self.total)
         decay = phase.average and get_ema_multi_avg_fn(phase.average)
         self.averaged = AveragedModel(model, multi_avg_fn=decay, use_buffers=True) if decay else None
         self.done, self.loss = 0, math.nan
@@ -176,29 +181,40 @@ class _Learner:
 
     def step(self, rows: Tensor, weight: float, counts: _Counts, nfe: Any) -> Tensor:
         """One step of the optimiser; the loss and the penalty in it, weighted for the mean over processes."""
-        inputs, labels, adversarial = self.inputs[rows], self.labels[rows], None
-        if adversary := self.phase.adversary:
-            self.model.eval()  # batch statistics are those of training, not of what the search meets
-            share = adversary.share((self.done + 1) / self.total)
-            adversarial = adversary.find(self._answer, inputs, labels, self.draws.attack, share)
-            counts.attack += nfe.nfe - counts.all
-        self.model.train(self.phase.trains == "all")
-        self.model.block.train(self.phase.trains != "head")
-        before = nfe.nfe
-        loss, penalty = self.objective(inputs, labels, adversarial)
-        between = nfe.nfe
-        self.loss = loss.item()
-        if self.processes.any(not math.isfinite(self.loss), loss.device):
-            raise _NoNumber(f"the loss is {self.loss}; a lower lr may help")
+        inputs, labels, failed = self.inputs[rows], self.labels[rows], None
+        start = nfe.nfe
+        try:
+            adversarial = self._attacked(inputs, labels)
+            searched = nfe.nfe
+            self.model.train(self.phase.trains == "all")
+            self.model.block.train(self.phase.trains != "head")
+            loss, penalty = self.objective(inputs, labels, adversarial)
+            self.loss = loss.item()
+        except SolveError as error:
+            failed = error
+        if failed is None and not math.isfinite(self.loss):
+            failed = _NoNumber(f"the loss is {self.loss}; a lower lr may help")
+        if self.processes.any(failed is not None, self.labels.device):  # all stop, or the others would wait for ever
+            raise failed or _NoNumber("the solve or the loss of another process failed")
+        forwarded = nfe.nfe
         self.optimiser.zero_grad()
         (weight * loss).backward()
         self.optimiser.step()
         self.schedule.step()
         if self.averaged:
             self.averaged.update_parameters(self.model)
-        counts.forward, counts.backward = counts.forward + between - before, counts.backward + nfe.nfe - between
-        counts.all, self.done = nfe.nfe, self.done + 1
+        counts.add(searched - start, forwarded - searched, nfe.nfe - forwarded)
+        self.done += 1
         return weight * torch.stack([loss, penalty]).detach()
+
+    def _attacked(self, images: Tensor, labels: Tensor) -> Tensor | None:
+        """The adversary's images; the model's batch statistics are those of training, not of what the search meets."""
+        adversary = self.phase.adversary
+        if adversary is None:
+            return None
+        self.model.eval()
+        share = adversary.share((self.done + 1) / self.total)
+        return adversary.find(self._answer, images, labels, self.draws.attack, share)
 
     def _answer(self, images: Tensor) -> Tensor:
         return self.model(images, self.draws.noise)
@@ -206,13 +222,19 @@ class _Learner:
 
 @dataclass
 class _Counts:
-    """Evaluations of the field so far: of the forward, the backward and the attacks' passes."""
+    """Evaluations of the field so far: in attacks, in forward and in backward passes."""
 
+    attack: int = 0
     forward: int = 0
     backward: int = 0
-    attack: int = 0
-    all: int = 0
-    nfe: int = 0  # what a model without a field has
+    nfe: ClassVar[int] = 0  # what a model without a field has
+
+    def add(self, attack: int, forward: int, backward: int) -> None:
+        self.attack, self.forward, self.backward = (
+            self.attack + attack,
+            self.forward + forward,
+            self.backward + backward,
+        )
 
     def per_step(self, steps: int) -> dict[str, float]:
         return {
