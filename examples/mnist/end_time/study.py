@@ -134,13 +134,15 @@ def run(preset: Preset, data: Dataset, out: Path, seed: int, device: torch.devic
     for row in study.rows:
         rows[row.name]["why"] = "not run yet"
         done(row, study.train(row), "train")
+    for question in (study.curve, study.film, study.dynamics, study.strong):  # the quick ones first
+        for row in study.rows:
+            done(row, question(row), question.__name__)
     for row in study.rows:
         for end in preset.columns:
             done(row, study.table(row, end, draws=False), "table", f"{end:g}")
+    for row in study.rows:
         for steps in (preset.evaluation, *preset.checks):
             done(row, study.answers(row, steps), "answers", str(steps))
-        for name in ("curve", "film", "strong", "dynamics"):
-            done(row, getattr(study, name)(row), name)
     for row in study.drawn:
         for end in preset.columns:
             done(row, study.table(row, end, draws=True), "draws", f"{end:g}")
