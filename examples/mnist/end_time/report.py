@@ -48,17 +48,18 @@ def markdown(results: Results, caption: str, header: list[str], rows: list[list[
 def _accuracies(results: Results, name: str, what: str) -> list[list[str]]:
     """The lines of one net in the table: an attack a line, an end time a column, the blog's numbers beside."""
     row = results.rows[name]
-    blog = {} if row["adversarial"] else BLOG.get((row["net"], row["trained_to"]), {})
+    blog = {} if row["adversarial"] or what != "table" else BLOG.get((row["net"], row["trained_to"]), {})
+    asked = what in row
+    title = row["title"] if asked else f"{row['title']} ({row['why']})"
     lines = []
     for key, attack in ATTACKS.items():
-        line = [row["title"] if key == "clean" else "", attack]
+        line = [title if key == "clean" else "", attack]
         for column in results.columns:
-            record = results.record(name, what, column)
-            said = blog.get(int(float(column)))
-            theirs = f" (blog {said[key == 'unclipped']:g})" if said and what == "table" and key != "clipped" else ""
-            line.append((row["why"] if record is None else percent(record.result[key], record.result["n"])) + theirs)
+            record, said = results.record(name, what, column), blog.get(int(float(column)))
+            ours = "-" if record is None else percent(record.result[key], record.result["n"])
+            line.append(f"{ours} (blog {said[key == 'unclipped']:g})" if said and key != "clipped" else ours)
         lines.append(line)
-    return lines
+    return lines if asked else lines[: 2 if blog else 1]
 
 
 def _table(results: Results) -> str:

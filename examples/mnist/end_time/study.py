@@ -20,7 +20,7 @@ from .training import accuracy, train
 
 __all__ = ["run"]
 
-NEEDS_GPU = "not run: needs a GPU"
+NOT_YET, NEEDS_GPU = "not run yet", "not run: needs a GPU"
 
 
 class Study:
@@ -119,8 +119,11 @@ def run(preset: Preset, data: Dataset, out: Path, seed: int, device: torch.devic
     All training comes first, the test set after it. Nets that need a GPU are named as not run where there is none.
     """
     study = Study(preset, data, out, seed, device)
-    rows: dict[str, dict[str, Any]] = {row.name: {"title": row.title, "net": row.net, "trained_to": row.trained_to,
-        "adversarial": row.pgd is not None, "why": NEEDS_GPU} for row in preset.rows}  # fmt: skip
+    rows: dict[str, dict[str, Any]] = {
+        row.name: {"title": row.title, "net": row.net, "trained_to": row.trained_to, "adversarial": bool(row.pgd),
+                   "why": NOT_YET if row in study.rows else NEEDS_GPU}
+        for row in preset.rows
+    }  # fmt: skip
     manifest = {
         "preset": preset.name, "warning": preset.warning, "data": data.name, "banner": data.banner, "seed": seed,
         "columns": preset.columns, "evaluation": str(preset.evaluation), "eps": preset.eps, "rows": rows,
@@ -134,15 +137,16 @@ def run(preset: Preset, data: Dataset, out: Path, seed: int, device: torch.devic
         write(out / "run.json", manifest)
 
     for row in study.rows:
-        rows[row.name]["why"] = "not run yet"
         done(row, study.train(row), "train")
+    for question in (study.curve, study.film, study.dynamics, study.strong):  # the quick ones first
+        for row in study.rows:
+            done(row, question(row), question.__name__)
     for row in study.rows:
         for end in preset.columns:
             done(row, study.table(row, end, draws=False), "table", f"{end:g}")
+    for row in study.rows:
         for steps in (preset.evaluation, *preset.checks):
             done(row, study.answers(row, steps), "answers", str(steps))
-        for name in ("curve", "film", "strong", "dynamics"):
-            done(row, getattr(study, name)(row), name)
     for row in study.drawn:
         for end in preset.columns:
             done(row, study.table(row, end, draws=True), "draws", f"{end:g}")
