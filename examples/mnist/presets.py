@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from .attacks import PGD, SPSA, AutoAttack, Method, SimBA, Square, Threat, Transfer
 from .models import Block
-from .recipes import Model
+from .recipes import Effort, Model, further
 from .training import Phase
 
 __all__ = ["PRESETS", "Group", "Model", "Preset", "Probe", "Suite"]
@@ -171,19 +171,23 @@ SMOKE = replace(
     test_images=1_000,
 )
 
-# AutoAttack's standard version for what is deterministic, its version for noise for what draws.
-STANDARD, RAND = (AutoAttack("standard"),), (AutoAttack("rand"),)
+NATURAL, ROBUST = ("M0", "M3", "M5"), tuple(f"M12-{loss}-{name}" for loss in ("pgd", "trades") for name in ("M0", "M3"))
 FULL = replace(
     QUICK,
     name="full",
     warning=None,
-    models=_models(features=25, sodef=(10, 5, 10), longer=20, seeds=5, others=3),
+    models=(
+        *_models(features=25, sodef=(10, 5, 10), longer=20, seeds=5, others=3),
+        *further(Effort(fresh=(10, 5, 10), longer=20, official=(25, 15, 5), adversarial=30)),
+    ),
     suite=Suite(
         threats=(*THREATS, Threat("linf", 0.3)),
         groups=(
-            *_groups(images=None, few=1_000, steps=100, restarts=2, queries=2_000),
-            Group("AutoAttack", STANDARD, 1_000, models=("M0", "M3", "M5", "M12", "M14")),
-            Group("AutoAttack, rand", RAND, 1_000, models=("M4",)),
+            *_groups(images=None, few=1_000, steps=40, restarts=1, queries=2_000),
+            # The standard version is for what is deterministic, "rand" for what draws noise.
+            Group("AutoAttack", (AutoAttack("standard"),), 1_000, models=NATURAL, threats=("L2 0.5",)),
+            Group("AutoAttack, rand", (AutoAttack("rand"),), 1_000, models=("M4",), threats=("L2 0.5",)),
+            Group("AutoAttack, L-inf", (AutoAttack("standard"),), 1_000, models=ROBUST, threats=("L-inf 0.3",)),
         ),
         probe=Probe(1_000, THREATS[1], RADII, (40, 100, 1_000)),
         draws=16,
