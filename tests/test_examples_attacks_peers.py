@@ -10,7 +10,7 @@ from torch import nn
 
 from examples.mnist import attacks, data
 from examples.mnist.attacks import PGD, SPSA, AutoAttack, Method, SimBA, Square, Threat, Transfer, fgsm, margin, search
-from examples.mnist.evaluation import mcnemar, wilson
+from examples.mnist.scores import mcnemar, wilson
 
 foolbox = pytest.importorskip("foolbox", reason="an oracle here: pip install 'odelayers[attacks]'")
 pyautoattack = pytest.importorskip("pyautoattack", reason="an oracle here: pip install 'odelayers[attacks]'")
