@@ -43,9 +43,9 @@ th button:focus-visible { outline: 2px solid var(--link); outline-offset: -2px }
 th button::after { content: "\\2195"; opacity: .35; padding-left: .25em }
 th[aria-sort=ascending] button::after { content: "\\2191"; opacity: 1 }
 th[aria-sort=descending] button::after { content: "\\2193"; opacity: 1 }
-td small { display: block; color: var(--faint); font-size: .88em; white-space: nowrap } td { min-width: 3.2em }
+td small { display: block; color: var(--faint); font-size: .88em } td:not(:first-child) small { white-space: nowrap }
 td:first-child, th:first-child { position: sticky; left: 0; background: var(--paper); z-index: 1 }
-th:first-child { background: var(--soft) } td.missing { color: var(--faint); font-style: italic }
+td:first-child { min-width: 6.5em; max-width: 11em } th:first-child { background: var(--soft) } td.missing { color: var(--faint); font-style: italic }
 pre { overflow-x: auto; background: var(--soft); border-radius: 6px; padding: .7rem .9rem; font-size: .88rem }
 code { font-family: ui-monospace, "SF Mono", Consolas, monospace; font-size: .92em } summary { cursor: pointer }
 @media print { .scroll { overflow: visible } nav { display: none } }
@@ -145,9 +145,7 @@ def _data(path: Path) -> str:
 
 
 def _table(table: Table) -> str:
-    head = "".join(
-        f'<th scope="col"><button type="button">{escape(name) or "&#8470;"}</button></th>' for name in table.header
-    )
+    head = "".join(f'<th scope="col"><button type="button">{escape(name)}</button></th>' for name in table.header)
     rows = "\n".join("<tr>" + "".join(map(_entry, row)) + "</tr>" for row in table.rows)
     body = (
         f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(table.caption)}"><table>\n'
@@ -164,4 +162,4 @@ def _entry(cell: Cell) -> str:
     sorts = "" if cell.value is None else f' data-value="{cell.value!r}"'
     missing = ' class="missing"' if cell.value is None and re.match(r"not |diverged|-$", cell.text) else ""
     text = f"<strong>{escape(cell.text)}</strong>" if cell.strong else escape(cell.text)
-    return f"<td{missing}{sorts}>{text}{f'<small>{escape(cell.small)}</small>' if cell.small else ''}</td>"
+    return f"<td{missing}{sorts}>{text}{''.join(f'<small>{escape(line)}</small>' for line in cell.small)}</td>"

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from . import audits, figures, findings, tables
-from .comparisons import RULE, compare
+from .comparisons import compare
 from .document import Block, Code, Figure, Heading, Text, markdown
 from .page import page
 from .results import KINDS, Results
@@ -47,7 +47,7 @@ def blocks(results: Results, out: Path) -> list[Block]:
         Text(findings.answer(results, primary)),
         tables.primary_table(results, primary) if primary.pairs else None,
         Heading("Other comparisons"),
-        Text(f"Every model against the one it started from, and the noise elsewhere: one Holm family. {RULE}"),
+        Text("Every model against the one it started from, and the noise elsewhere: one Holm family, the same rule."),
         tables.family_table(results),
         Heading("The paper's table"),
         Text("The paper says neither the images, nor the steps, nor the scale of the pixels; ours are in [0, 1]."),
@@ -82,13 +82,12 @@ def _opening(results: Results) -> list[Block]:
     missing, planned = results.unfinished(), len(results.cells)
     if not missing:
         return [title, *warnings, Text(READING)]
-    lost = dict.fromkeys(why for _, why in missing if why != "not run")
     state = f"{planned - len(missing)} of {planned} stages have a result; the same command computes what is not run."
     return [
         title,
         *warnings,
         Text(state, warning=True),
-        *(Text(f"Lost: {why}", warning=True) for why in lost),
+        *(Text(why, warning=True) for why in results.lost()),
         Text(READING),
     ]
 
@@ -143,7 +142,7 @@ def _method(results: Results) -> list[Block]:
             Text("\n".join(f"- {g}: {'; '.join(names)}" for g, names in groups.items())),
         ]
     if others := [kind for kind in results.kinds() if kind not in KINDS]:
-        found.append(Text(f"Recorded, and not drawn here: {', '.join(others)}."))
+        found.append(Text(f"Recorded, not drawn here: {', '.join(others)}."))
     return [*found, *_provenance(results)]
 
 
