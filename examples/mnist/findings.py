@@ -44,7 +44,7 @@ def accuracy(results: Results) -> str:
         share, name = ranked[0]
         parts.append(f"{threat}: {results.called(name)}, {100 * share:.1f} %" if share >= 0 else f"{threat}: not run")
     return (
-        f"Black bars and numbers are the worst case of everything, with Wilson intervals; marks are the worst of each "
+        f"Bars and bold numbers are the worst case of everything, with Wilson intervals; marks are the worst of each "
         f"group alone; a star says that a planned group is missing. Highest in the worst case at "
         f"{'; '.join(parts)}. {masking(results)}"
     )

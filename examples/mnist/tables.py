@@ -98,14 +98,19 @@ def family_table(results: Results) -> Table:
         where, verdict, interval = comparison.threat or "clean", comparison.verdict(p), comparison.interval
         sizes.found[where].update(pair.n for pair in comparison.pairs)
         rows.append([
-            Cell(f"{comparison.first} against {comparison.second}"), Cell(where), number(len(comparison.pairs)),
+            Cell(f"{comparison.first} - {comparison.second}"), Cell(where), number(len(comparison.pairs)),
             number(comparison.difference, f"{100 * comparison.difference:+.1f}"),
-            Cell(f"[{100 * interval[0]:+.1f}, {100 * interval[1]:+.1f}]" if interval else "one seed"),
+            _interval(interval),
             number(p, f"{p:.2g}"), Cell(verdict, strong=verdict in ("better", "worse")),
         ])  # fmt: skip
     caption = f"Differences in points, most frequent answer, clean and in the worst case within each threat; {sizes}"
-    header = ["first against second", "where", "seeds", "difference", "t interval", "Holm p", "the first is"]
+    header = ["first - second", "where", "seeds", "difference", "t interval", "Holm p", "the first is"]
     return Table(caption, header, rows, results.warnings)
+
+
+def _interval(found: tuple[float, float] | None) -> Cell:
+    """A t interval in points, which sorts by its lower end."""
+    return Cell(f"[{100 * found[0]:+.1f}, {100 * found[1]:+.1f}]", value=found[0]) if found else Cell("one seed")
 
 
 def seeds_table(results: Results) -> Table:
@@ -182,9 +187,9 @@ def attacks_table(results: Results, threat: str) -> Table:
     single = list(dict.fromkeys(attack for record in white for attack in record.result["attacks"]))
     groups, sizes = results.groups(threat), Sizes()
     rows = [_attacked(results, threat, name, single, groups, sizes) for name in results.named("model")]
-    columns = [HEADLINE, "seeds", "clean", *single, *(f"{group}, worst" for group in groups)]
+    columns = [HEADLINE, "masked?", "clean", *single, *(f"{group}, worst" for group in groups)]
     caption = f"T2. Accuracy in % under {threat}; {sizes}"
-    return Table(caption, ["model", *columns, "masked?", "queries", "seconds"], rows, results.warnings)
+    return Table(caption, ["model", *columns, "seeds", "queries", "seconds"], rows, results.warnings)
 
 
 def _attacked(
@@ -210,11 +215,11 @@ def _attacked(
     return [
         model_cell(results, name),
         headline,
-        number(len(seeds)),
+        _flag(results, threat, name),
         sizes.score("clean", clean, why_clean.split(":")[0]),
         *(sizes.score(attack, [found.get(attack) for found in white], why(WHITE_BOX)) for attack in single),
         *(sizes.score(group, under(group), why(group)) for group in groups),
-        _flag(results, threat, name),
+        number(len(seeds)),
         *_effort(results, threat, name, seeds),
     ]
 
@@ -224,9 +229,9 @@ def _flag(results: Results, threat: str, name: str) -> Cell:
     tested = [p for (t, n, _, _), p in results.masked.items() if (t, n) == (threat, name)]
     if not tested:
         return Cell(NOT_PLANNED)
-    text = f"p = {min(tested):.2g}"
     groups = results.is_masked(threat, name)
-    return Cell(f"masked by {', '.join(groups)}" if groups else "no", (text,), min(tested), strong=bool(groups))
+    small = (*(f"by {group}" for group in groups), f"p = {min(tested):.2g}")
+    return Cell("masked" if groups else "no", small, min(tested), strong=bool(groups))
 
 
 def _effort(results: Results, threat: str, name: str, seeds: Sequence[int]) -> list[Cell]:
