@@ -9,7 +9,7 @@ from .document import Cell, Table
 from .records import Record
 from .results import NOT_PLANNED, Results, mean
 from .scores import Scores
-from .tables import Sizes, model_cells, number, share_cell
+from .tables import Sizes, model_cell, number, share_cell
 
 __all__ = ["certified_table", "constraints_table", "cost_table", "fields", "probes_table"]
 
@@ -20,7 +20,7 @@ def fields(results: Results) -> dict[str, dict[str, Any]]:
     for name in results.named("model"):
         record = results.record("spectra", name)
         for label, field in record.result.items() if record else ():
-            title = f"{name} {results.title(name)}"
+            title = results.called(name)
             found.setdefault("untrained" if label == "untrained" else f"{title}{_stage(label)}", field)
     return found
 
@@ -43,7 +43,7 @@ def constraints_table(results: Results) -> Table:
     for name in results.named("model"):
         why = results.missing("spectra", name)
         if why and why != NOT_PLANNED:
-            rows.append([Cell(f"{name} {results.title(name)}"), *[Cell(why)] * (len(names) + 5)])
+            rows.append([Cell(results.called(name)), *[Cell(why)] * (len(names) + 5)])
     header = [
         "field",
         *names,
@@ -63,16 +63,14 @@ def probes_table(results: Results) -> Table:
     for name in names:
         record = results.record("probe", name)
         if record is None:
-            rows.append(
-                [*model_cells(results, name), *[Cell(results.missing("probe", name) or "")] * (2 + len(columns))]
-            )
+            rows.append([model_cell(results, name), *[Cell(results.missing("probe", name) or "")] * (2 + len(columns))])
             continue
         zero = [share_cell(share, record.result["n"]) for share in record.result["zero_gradients"].values()]
         scores = {_probe(row): Scores.unpack(row) for row in _telling(record)}
         cells = [sizes.score("every column", [scores.get(column)], NOT_PLANNED) for column in columns]
-        rows.append([*model_cells(results, name), *zero, *cells])
+        rows.append([model_cell(results, name), *zero, *cells])
     caption = f"How the attacks behave: share of zero gradients, then accuracy in %; {sizes}"
-    header = ["", "model", "zero gradients, CE", "zero gradients, margin", *columns]
+    header = ["model", "zero gradients, CE", "zero gradients, margin", *columns]
     return Table(caption, header, rows, results.warnings)
 
 
@@ -109,8 +107,8 @@ def certified_table(results: Results) -> Table | None:
         sizes.found.setdefault("images", set()).add(n)
         shares = [result["certified"].get(radius) for radius in radii]
         cells = [Cell(NOT_PLANNED) if share is None else share_cell(share, n) for share in shares]
-        rows.append([*model_cells(results, name), number(seed), *cells])
-    header = ["", "model", "seed", *(f"L2 {float(radius):g}" for radius in radii)]
+        rows.append([model_cell(results, name), number(seed), *cells])
+    header = ["model", "seed", *(f"L2 {float(radius):g}" for radius in radii)]
     return Table(f"Certified accuracy in %; {sizes}", header, rows, results.warnings)
 
 
@@ -120,7 +118,7 @@ def cost_table(results: Results) -> Table:
     for name in results.named("model"):
         trained = [record for (n, *_), record in results.found("train") if n == name]
         if not trained:
-            rows.append([*model_cells(results, name), *[Cell(results.missing("train", name) or "not run")] * 9])
+            rows.append([model_cell(results, name), *[Cell(results.missing("train", name) or "not run")] * 9])
             continue
         clean = [record.result for (n, *_), record in results.found("clean") if n == name]
         attacks = [
@@ -131,7 +129,7 @@ def cost_table(results: Results) -> Table:
         ]
         result = trained[0].result
         rows.append([
-            *model_cells(results, name),
+            model_cell(results, name),
             number(len(trained)),
             number(result["parameters"], f"{result['parameters']:,}"),
             number(result["steps"], f"{result['steps']:,}"),
@@ -142,7 +140,7 @@ def cost_table(results: Results) -> Table:
             _mean([sum(attack["seconds"] for attack in attacks) / len(trained)] if attacks else [], "{:,.1f}"),
             _mean([sum(attack["queries"] for attack in attacks) / len(trained)] if attacks else [], "{:,.0f}"),
         ])  # fmt: skip
-    header = ["", "model", "seeds", "parameters", "steps", "validation, %", "training, s", "NFE forward"]
+    header = ["model", "seeds", "parameters", "steps", "validation, %", "training, s", "NFE forward"]
     n = next((record["config"]["sizes"][1] for _, record in results.found("train")), 0)
     caption = f"Cost of a seed: training, one forward solve, and all attacks; n = {n:,} validation images"
     return Table(caption, [*header, "ms per 128", "attacks, s", "queries"], rows, results.warnings)

@@ -11,10 +11,10 @@ __all__ = ["Block", "Cell", "Code", "Figure", "Heading", "Table", "Text", "markd
 
 @dataclass(frozen=True)
 class Cell:
-    """One entry of a table: what it says, in small what more there is to it, and the number that it sorts by."""
+    """One entry of a table: what it says, in small lines what more there is to it, and the number that it sorts by."""
 
     text: str
-    small: str = ""
+    small: tuple[str, ...] = ()
     value: float | None = None
     strong: bool = False
 
@@ -83,8 +83,8 @@ def _markdown(block: Block) -> str:
         case Figure():
             return f"![{block.alt}]({block.path.name})\n\n{block.caption}{_note(block.warnings)}"
         case Table():
-            head = [list(block.header), ["---"] * len(block.header)]
-            lines = head + [[_entry(cell) for cell in row] for row in block.rows]
+            lines = [[name.replace("|", "\\|") for name in block.header], ["---"] * len(block.header)]
+            lines += [[_entry(cell) for cell in row] for row in block.rows]
             body = "\n".join("| " + " | ".join(line) + " |" for line in lines)
             caption = f"**{block.caption}**{_note(block.warnings)}"
             if block.folded:
@@ -93,8 +93,8 @@ def _markdown(block: Block) -> str:
 
 
 def _entry(cell: Cell) -> str:
-    text = cell.text.replace("|", "\\|")
-    return " ".join(filter(None, (f"**{text}**" if cell.strong else text, cell.small.replace("|", "\\|"))))
+    text = f"**{cell.text}**" if cell.strong else cell.text
+    return " ".join((text, *cell.small)).replace("|", "\\|")
 
 
 def _note(warnings: Sequence[str]) -> str:

@@ -74,10 +74,6 @@ def _picture(results: Results, path: Path, ground: Ground, rows: int, columns: i
             plt.close(figure)
 
 
-def _name(results: Results, name: str) -> str:
-    return f"{name} {results.title(name)}"
-
-
 def bars_figure(results: Results, out: Path, ground: Ground = LIGHT) -> Path:
     """The worst case of every model as a bar with its interval, and each group's as a mark: one panel per threat."""
     threats, names, groups = results.named("threat"), results.named("model"), results.named("group")
@@ -94,19 +90,19 @@ def bars_figure(results: Results, out: Path, ground: Ground = LIGHT) -> Path:
                 _bar(panel, results, threat, name, position, ground)
                 _marks(panel, results, threat, name, position, marks)
             panel.set_title(threat)
+            panel.set_xlabel("accuracy, %")
             panel.set_xlim(0, 119)
             panel.set_xticks(range(0, 101, 25))
             panel.grid(axis="x", linewidth=0.8)
             panel.tick_params(axis="y", length=0)
         for panel in panels[len(threats) :]:
             panel.set_axis_off()
-        panels[0].set_yticks(range(len(names)), [_name(results, name) for name in names])
+        panels[0].set_yticks(range(len(names)), [results.called(name) for name in names])
         panels[0].set_ylim(len(names) - 0.4, -0.6)
         handles = [plt.Line2D([], [], color=c, marker=m, linestyle="", label=label) for label, (m, c) in marks.items()]
         bar = plt.Rectangle((0, 0), 1, 1, color=ground.ink, alpha=0.85, label="worst of everything")
         figure.legend(handles=[bar, *handles], ncols=len(handles) + 1, loc="outside upper right", handlelength=1,
                       columnspacing=1.1, handletextpad=0.4, fontsize=9)  # fmt: skip
-        figure.supxlabel("accuracy, %", fontsize=10)
     return path
 
 
@@ -194,7 +190,7 @@ def _lines(
                 i = names.index(name)
                 panel.plot(*zip(*points, strict=True), color=COLOURS[i % 7], linestyle=DASHES[i // 7 % 3],
                            marker=MARKERS[i % 7], markersize=4.5, linewidth=1.6,
-                           label=_name(results, name))  # fmt: skip
+                           label=results.called(name))  # fmt: skip
             panel.set_xlabel(label.format(what))
             panel.grid(linewidth=0.8)
             panel.set_ylim(-3, 103)
@@ -217,11 +213,11 @@ def spectra_figure(results: Results, out: Path, ground: Ground = LIGHT) -> Path 
         return None
     values = [value for field in found.values() for value in field["real_parts"]]
     edges, path = _bins(min(values), max(values)), _path(out, "spectra", ground)
-    size = (8.6, 1.25 * len(found) + 0.9)
+    size, names = (8.6, 1.25 * len(found) + 0.9), results.named("model")
     with _picture(results, path, ground, len(found), 1, size, sharex=True, sharey=True) as (figure, panels):
-        for i, (panel, (title, field)) in enumerate(zip(panels, found.items(), strict=True)):
+        for panel, (title, field) in zip(panels, found.items(), strict=True):
             share = np.full(len(field["real_parts"]), 100 / len(field["real_parts"]))
-            colour = ground.faint if title == "untrained" else COLOURS[(i - 1) % 6]
+            colour = ground.faint if title == "untrained" else COLOURS[names.index(title.split()[0]) % 7]
             panel.hist(field["real_parts"], bins=edges, weights=share, color=colour)
             panel.axvline(0, color=ground.ink, linewidth=1, linestyle=":")
             panel.set_title(title)
@@ -248,10 +244,17 @@ def cost_figure(results: Results, out: Path, ground: Ground = LIGHT) -> Path | N
     with _picture(results, path, ground, 1, 1, (8.6, 0.38 * len(names) + 1.0)) as (_, (panel,)):
         for position, name in enumerate(names):
             own, before = seconds(results, name), sum(seconds(results, other) for other in ancestors(results, name))
-            panel.barh(position, before, 0.6, color=ground.grid, label="the models it starts from" * (not position))
+            panel.barh(
+                position,
+                before,
+                0.6,
+                color=ground.faint,
+                alpha=0.45,
+                label="the models it starts from" * (not position),
+            )
             panel.barh(position, own, 0.6, left=before, color=COLOURS[0], label="its own training" * (not position))
-            panel.text(before + own, position, f" {before + own:,.0f} s", va="center", fontsize=9)
-        panel.set_yticks(range(len(names)), [_name(results, name) for name in names])
+            panel.text(before + own, position, f" {before + own:,.3g} s", va="center", fontsize=9)
+        panel.set_yticks(range(len(names)), [results.called(name) for name in names])
         panel.set_ylim(len(names) - 0.4, -0.6)
         panel.margins(x=0.1)
         panel.tick_params(axis="y", length=0)

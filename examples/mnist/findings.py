@@ -14,7 +14,7 @@ __all__ = ["accuracy", "answer", "cost", "masking", "probes", "radii", "spectra"
 
 def answer(results: Results, found: Comparison) -> str:
     """The answer to the question that was asked in advance, and what it rests on."""
-    noise, control = (f"{name} ({results.title(name)})" for name in (found.first, found.second))
+    noise, control = map(results.called, (found.first, found.second))
     asked = f"Is {noise}, its noise on, more robust than {control}, in the worst case of each sample at {found.threat}?"
     if not found.pairs:
         return f"{asked} **Not answered yet** ({found.waiting}). {RULE}"
@@ -27,12 +27,13 @@ def answer(results: Results, found: Comparison) -> str:
               "not claimed: McNemar is not significant": "the seeds agree, but McNemar's test is not significant",
               "no difference": f"McNemar's test is not significant at the {SIGNIFICANT:.0%} level"}  # fmt: skip
     because = f" ({reason[verdict]})" if verdict in reason else ""
+    warned = "".join(f" (*{text}*)" for text in results.warnings)
     over = ""
     if interval := found.interval:
         over = f", 95 % t interval over {k} seeds [{100 * interval[0]:+.1f}, {100 * interval[1]:+.1f}]"
     p = f"McNemar p = {found.p:.2g}" + (f" (smallest of {k} seeds, Holm-corrected)" if k > 1 else ", from one seed")
     missing = f" Still missing: {found.waiting}." if found.waiting else ""
-    return f"{asked} **{short}**{because} The difference is {points}{over}; {p}.{missing} {RULE}"
+    return f"{asked} **{short}**{warned}{because} The difference is {points}{over}; {p}.{missing} {RULE}"
 
 
 def accuracy(results: Results) -> str:
@@ -41,9 +42,9 @@ def accuracy(results: Results) -> str:
     for threat in results.named("threat"):
         ranked = sorted(((_worst(results, threat, name) or -1, name) for name in results.named("model")), reverse=True)
         share, name = ranked[0]
-        parts.append(f"{threat}: {_called(results, name)}, {100 * share:.1f} %" if share >= 0 else f"{threat}: not run")
+        parts.append(f"{threat}: {results.called(name)}, {100 * share:.1f} %" if share >= 0 else f"{threat}: not run")
     return (
-        f"Black bars and numbers are the worst case of everything, with Wilson intervals; marks are the worst of each "
+        f"Bars and bold numbers are the worst case of everything, with Wilson intervals; marks are the worst of each "
         f"group alone; a star says that a planned group is missing. Highest in the worst case at "
         f"{'; '.join(parts)}. {masking(results)}"
     )
@@ -63,7 +64,7 @@ def masking(results: Results) -> str:
         if drops:
             _, threat, white, worst, groups = max(drops, key=lambda drop: drop[0])
             fall = f"{100 * white:.0f} -> {100 * worst:.0f} % at {threat}"
-            parts.append(f"{_called(results, name)} ({fall}, {' and '.join(groups)})")
+            parts.append(f"{results.called(name)} ({fall}, {' and '.join(groups)})")
     if parts:
         return f"**Masked**: what white-box attacks leave standing, others break, of {'; '.join(parts)}."
     if results.masked:
@@ -79,17 +80,13 @@ def _worst(results: Results, threat: str, name: str, *groups: str) -> float | No
     return mean(there) if there else None
 
 
-def _called(results: Results, name: str) -> str:
-    return f"{name} {results.title(name)}"
-
-
 def radii(results: Results) -> str:
     """Whether the attack breaks everything at its largest radius, as it must."""
     parts = []
     for norm, lines in curves(results).items():
         largest = max(points[-1][0] for points in lines.values())
         left = {name: points[-1][1] for name, points in lines.items() if points[-1][1] > 0}
-        standing = ", ".join(f"{_called(results, name)} {value:.1f} %" for name, value in left.items())
+        standing = ", ".join(f"{results.called(name)} {value:.1f} %" for name, value in left.items())
         parts.append(f"at {norm} {largest:g} {'still stand: ' + standing if left else 'nothing stands'}")
     return (
         f"White-box PGD with growing radius: {'; '.join(parts)}. An attack that does not reach 0 % where any image can "
@@ -105,7 +102,7 @@ def steps(results: Results) -> str:
         few, many = (min(p[i][0] for p in lines.values()) for i in (0, -1))
         name = max(drops, key=lambda n: drops[n])
         parts.append(
-            f"from {few:g} to {many:g} steps at {threat} the accuracy falls most for {_called(results, name)}, by "
+            f"from {few:g} to {many:g} steps at {threat} the accuracy falls most for {results.called(name)}, by "
             f"{drops[name]:.1f} points"
         )
     return f"PGD with more steps: {'; '.join(parts)}."
@@ -124,7 +121,7 @@ def spectra(results: Results) -> str:
         f"Share above zero: {'; '.join(each)}."
     )
     start = (results.model(noise) or {}).get("start")
-    names = [_called(results, name) for name in (start, control, noise) if name]
+    names = [results.called(name) for name in (start, control, noise) if name]
     if len(names) < 3 or not set(names) <= set(found):
         return text
     before, longer, noisy = (found[name]["real_parts"] for name in names)
@@ -144,7 +141,7 @@ def probes(results: Results) -> str:
         record = results.record("probe", name)
         shares = record.result["zero_gradients"] if record else {}
         if shares and max(shares.values()) > 0:
-            blind.append(f"{_called(results, name)} ({max(shares.values()):.0%} of the images)")
+            blind.append(f"{results.called(name)} ({max(shares.values()):.0%} of the images)")
     return (
         f"Gradients that are exactly zero: {', '.join(blind) or 'nowhere'}. With logits a hundred times smaller or "
         "larger the cross-entropy's gradient may vanish in float32; the DLR loss does not depend on their scale."
@@ -158,6 +155,6 @@ def cost(results: Results) -> str:
         total[name] += sum(seconds(results, other) for other in ancestors(results, name))
     longest, shortest = (pick(total, key=lambda name: total[name]) for pick in (max, min))
     return (
-        f"Training of one seed, with what came before it: from {total[shortest]:,.0f} s ({_called(results, shortest)}) "
-        f"to {total[longest]:,.0f} s ({_called(results, longest)})."
+        f"Training of one seed, with what came before it: from {total[shortest]:,.3g} s ({results.called(shortest)}) "
+        f"to {total[longest]:,.3g} s ({results.called(longest)})."
     )

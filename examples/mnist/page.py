@@ -29,7 +29,8 @@ a { color: var(--link) }
 .warning, .note { color: var(--warn); background: var(--warn-ground); border-radius: 4px }
 .warning { font-weight: 600; padding: .5rem .8rem; max-width: none; border-left: 4px solid }
 .note { display: inline-block; font-size: .8rem; font-weight: 600; padding: 0 .45rem; margin-left: .3rem }
-figure { margin: 1.4rem 0 } figure img { display: block; width: 100%; max-width: 900px; height: auto }
+figure { margin: 1.4rem 0 } figure > div { overflow-x: auto }
+figure img { display: block; width: 100%; min-width: 640px; max-width: 900px; height: auto }
 figcaption { max-width: 78ch; color: var(--faint); font-size: .92rem; margin-top: .4rem }
 .table { margin: 1.4rem 0 } .caption { max-width: 100ch; font-size: .92rem; font-weight: 600; margin: 0 0 .4rem }
 .scroll { overflow-x: auto; border: 1px solid var(--line); border-radius: 6px }
@@ -43,9 +44,11 @@ th button:focus-visible { outline: 2px solid var(--link); outline-offset: -2px }
 th button::after { content: "\\2195"; opacity: .35; padding-left: .25em }
 th[aria-sort=ascending] button::after { content: "\\2191"; opacity: 1 }
 th[aria-sort=descending] button::after { content: "\\2193"; opacity: 1 }
-td small { display: block; color: var(--faint); font-size: .88em; white-space: nowrap } td { min-width: 3.2em }
+td small { display: block; color: var(--faint); font-size: .88em } td:not(:first-child) small { white-space: nowrap }
 td:first-child, th:first-child { position: sticky; left: 0; background: var(--paper); z-index: 1 }
-th:first-child { background: var(--soft) } td.missing { color: var(--faint); font-style: italic }
+td:first-child { min-width: 6.5em; max-width: 11em } th:first-child { background: var(--soft) }
+td[data-value] { white-space: nowrap } td:first-child { white-space: normal }
+td.missing { color: var(--faint); font-style: italic }
 pre { overflow-x: auto; background: var(--soft); border-radius: 6px; padding: .7rem .9rem; font-size: .88rem }
 code { font-family: ui-monospace, "SF Mono", Consolas, monospace; font-size: .92em } summary { cursor: pointer }
 @media print { .scroll { overflow: visible } nav { display: none } }
@@ -134,8 +137,9 @@ def _notes(warnings: Sequence[str]) -> str:
 def _figure(figure: Figure) -> str:
     light, dark = _data(figure.path), _data(figure.dark)
     return (
-        f'<figure>\n<picture><source srcset="{dark}" media="(prefers-color-scheme: dark)">'
-        f'<img src="{light}" alt="{escape(figure.alt)}"></picture>\n'
+        f'<figure>\n<div tabindex="0" role="region" aria-label="{escape(figure.alt)}"><picture>'
+        f'<source srcset="{dark}" media="(prefers-color-scheme: dark)">'
+        f'<img src="{light}" alt="{escape(figure.alt)}"></picture></div>\n'
         f"<figcaption>{_inline(figure.caption)}{_notes(figure.warnings)}</figcaption>\n</figure>"
     )
 
@@ -145,9 +149,7 @@ def _data(path: Path) -> str:
 
 
 def _table(table: Table) -> str:
-    head = "".join(
-        f'<th scope="col"><button type="button">{escape(name) or "&#8470;"}</button></th>' for name in table.header
-    )
+    head = "".join(f'<th scope="col"><button type="button">{escape(name)}</button></th>' for name in table.header)
     rows = "\n".join("<tr>" + "".join(map(_entry, row)) + "</tr>" for row in table.rows)
     body = (
         f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(table.caption)}"><table>\n'
@@ -164,4 +166,4 @@ def _entry(cell: Cell) -> str:
     sorts = "" if cell.value is None else f' data-value="{cell.value!r}"'
     missing = ' class="missing"' if cell.value is None and re.match(r"not |diverged|-$", cell.text) else ""
     text = f"<strong>{escape(cell.text)}</strong>" if cell.strong else escape(cell.text)
-    return f"<td{missing}{sorts}>{text}{f'<small>{escape(cell.small)}</small>' if cell.small else ''}</td>"
+    return f"<td{missing}{sorts}>{text}{''.join(f'<small>{escape(line)}</small>' for line in cell.small)}</td>"

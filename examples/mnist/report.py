@@ -8,23 +8,32 @@ from pathlib import Path
 from typing import Any
 
 from . import audits, figures, findings, tables
-from .comparisons import RULE, compare
+from .comparisons import compare
 from .document import Block, Code, Figure, Heading, Text, markdown
 from .page import page
 from .results import KINDS, Results
 
 __all__ = ["blocks", "write_report"]
 
-READING = (
-    "Brackets hold Wilson 95 % intervals over the images. Accuracy under attack is judged on the model itself, with "
-    "its noise on; of a model that draws noise it is the mean over draws, and *vote* is the accuracy of its most "
-    "frequent answer. *White-box* attacks use the model's own gradient, *bypass* attacks one that goes around the block, "
-    "*transfer* attacks one of another model, *black-box* attacks none. **The robustness reported is the worst of "
-    "everything**, sample by sample; a sample is judged over the attacks that were run on it, as some are run on the "
-    "first images alone. A model is *masked* where attacks without its own gradient break significantly more (paired "
-    "McNemar, Holm-corrected over all models, threats, groups and seeds). Where there are several seeds, numbers are "
-    "means over those that are complete."
-)
+READING = """
+Brackets hold Wilson 95 % intervals over the images. Accuracy under attack is judged on the model itself, with its
+noise on; of a model that draws noise it is the mean over draws, and *vote* is the accuracy of its most frequent
+answer. *White-box* attacks use the model's own gradient, *bypass* attacks one that goes around the block,
+*transfer* attacks one of another model, *black-box* attacks none. **The robustness reported is the worst of
+everything**, sample by sample; a sample is judged over the attacks that were run on it, as some are run on the
+first images alone. A model is *masked* where attacks without its own gradient break significantly more (paired
+McNemar, Holm-corrected over all models, threats, groups and seeds). Where there are several seeds, numbers are
+means over those that are complete.
+"""
+
+METHOD = """
+{train:,} training, {validation:,} validation and {test:,} test images. The training follows the paper, not the
+method's official code: integration to T = 10, Adam on batches of 128, the block, then the whole net, then the
+block; where the regulariser meets fresh weights, at the official code's learning rate. The head is a fixed regular
+simplex; the regulariser's constants are those of the official code. The noisy model and its control start from the
+same SODEF and differ in p alone: same solver, steps and order of samples. Every model is scored on the test images
+after its training alone.
+"""
 
 
 def write_report(out: Path) -> Path:
@@ -47,7 +56,7 @@ def blocks(results: Results, out: Path) -> list[Block]:
         Text(findings.answer(results, primary)),
         tables.primary_table(results, primary) if primary.pairs else None,
         Heading("Other comparisons"),
-        Text(f"Every model against the one it started from, and the noise elsewhere: one Holm family. {RULE}"),
+        Text("Every model against the one it started from, and the noise elsewhere: one Holm family, the same rule."),
         tables.family_table(results),
         Heading("The paper's table"),
         Text("The paper says neither the images, nor the steps, nor the scale of the pixels; ours are in [0, 1]."),
@@ -81,15 +90,14 @@ def _opening(results: Results) -> list[Block]:
     warnings = [Text(text, warning=True) for text in (results.run.get("warning"), results.run.get("banner")) if text]
     missing, planned = results.unfinished(), len(results.cells)
     if not missing:
-        return [title, *warnings, Text(READING)]
-    lost = dict.fromkeys(why for _, why in missing if why != "not run")
+        return [title, *warnings, Text(_line(READING))]
     state = f"{planned - len(missing)} of {planned} stages have a result; the same command computes what is not run."
     return [
         title,
         *warnings,
         Text(state, warning=True),
-        *(Text(f"Lost: {why}", warning=True) for why in lost),
-        Text(READING),
+        *(Text(why, warning=True) for why in results.lost()),
+        Text(_line(READING)),
     ]
 
 
@@ -113,15 +121,8 @@ def _method(results: Results) -> list[Block]:
     trained = [record for _, record in results.found("train")]
     found: list[Block] = [Heading("How it was done")]
     if trained:
-        sizes = [f"{size:,}" for size in trained[0]["config"]["sizes"]]
-        found.append(Text(
-            f"{sizes[0]} training, {sizes[1]} validation and {sizes[2]} test images. The training follows the paper, "
-            "not the method's official code: integration to T = 10, Adam on batches of 128, the block, then the whole net, "
-            "then the block; where the regulariser meets fresh weights, at the official code's learning rate. The head "
-            "is a fixed regular simplex; the regulariser's constants are those of the official code. The noisy model and "
-            "its control start from the same SODEF and differ in p alone: same solver, steps and order of samples. Every "
-            "model is scored on the test images after its training alone."
-        ))  # fmt: skip
+        sizes = zip(("train", "validation", "test"), trained[0]["config"]["sizes"], strict=True)
+        found.append(Text(_line(METHOD.format(**dict(sizes)))))
     recipes = [
         f"- {name}, {model['title']}: {_recipe(model)}"
         for name in results.named("model")
@@ -143,8 +144,13 @@ def _method(results: Results) -> list[Block]:
             Text("\n".join(f"- {g}: {'; '.join(names)}" for g, names in groups.items())),
         ]
     if others := [kind for kind in results.kinds() if kind not in KINDS]:
-        found.append(Text(f"Recorded, and not drawn here: {', '.join(others)}."))
+        found.append(Text(f"Recorded, not drawn here: {', '.join(others)}."))
     return [*found, *_provenance(results)]
+
+
+def _line(text: str) -> str:
+    """A text of several lines as one paragraph."""
+    return " ".join(text.split())
 
 
 def _recipe(model: dict[str, Any]) -> str:
@@ -183,7 +189,7 @@ def _provenance(results: Results) -> list[Block]:
         *([Text("; ".join(made))] if records else []),
         Text("This command computes every number, table and picture above; it goes on from what is already there."),
         Code(shlex.join(words)),
-        Text("The records (`run.json`, `records/*.json`) hold every sample's verdict; this draws the report from them:"),
+        Text("`run.json` and `records/*.json` hold every sample's verdict. This draws the report from them:"),
         Code("PYTHONPATH=examples python -c 'import pathlib, sys; from mnist.report import write_report; "
              "write_report(pathlib.Path(sys.argv[1]))' FOLDER"),
     ]  # fmt: skip

@@ -90,6 +90,11 @@ class Results:
         named = ((" ".join(str(part) for part in key if part is not None), self.missing(*key)) for key in self.cells)
         return [(name, why) for name, why in named if why]
 
+    def lost(self) -> list[str]:
+        """The trainings that diverged, each named, and why."""
+        own = [f"{key[0]}-{key[1]}-s{key[2]} {why}" for key in self._records if (why := self.missing(*key))]
+        return list(dict.fromkeys([*own, *(cell["lost"] for cell in self.run["cells"] if cell["lost"])]))
+
     def kinds(self) -> list[str]:
         """The kinds of records that there are."""
         return list(dict.fromkeys(key[0] for key in self._records))
@@ -98,6 +103,10 @@ class Results:
         """What a model is called in tables."""
         model = self.model(name)
         return model["title"] if model else name
+
+    def called(self, name: str) -> str:
+        """A model's number and title."""
+        return " ".join(dict.fromkeys((name, self.title(name))))
 
     def model(self, name: str) -> dict[str, Any] | None:
         """How a model is built and trained, as its records say; None before its first training."""

@@ -13,7 +13,7 @@ __all__ = [
     "attacks_table",
     "every_attack_table",
     "family_table",
-    "model_cells",
+    "model_cell",
     "number",
     "paper_table",
     "primary_table",
@@ -33,23 +33,24 @@ def number(value: float, text: str | None = None) -> Cell:
     return Cell(f"{value:g}" if text is None else text, value=value)
 
 
-def share_cell(share: float, n: int, strong: bool = False, more: str = "") -> Cell:
+def share_cell(share: float, n: int, strong: bool = False, *more: str) -> Cell:
     """A share of `n` in percent, with its Wilson interval."""
     low, high = wilson(share, n)
-    return Cell(f"{100 * share:.1f}", f"[{100 * low:.1f}, {100 * high:.1f}]{more}", share, strong)
+    return Cell(f"{100 * share:.1f}", (f"[{100 * low:.1f}, {100 * high:.1f}]", *more), share, strong)
 
 
 def score(found: Sequence[Scores], why: str = "not run", strong: bool = False) -> Cell:
     """A mean over seeds with the Wilson interval of the images; of a noisy model the mean over draws, then the vote."""
     if not found:
         return Cell(why)
-    vote = f" vote {100 * mean(scores.right for scores in found):.1f}" if found[0].draws > 1 else ""
-    return share_cell(mean(scores.mean for scores in found), min(map(len, found)), strong, vote)
+    vote = [f"vote {100 * mean(scores.right for scores in found):.1f}"] if found[0].draws > 1 else []
+    return share_cell(mean(scores.mean for scores in found), min(map(len, found)), strong, *vote)
 
 
-def model_cells(results: Results, name: str) -> list[Cell]:
-    """A model's number and title."""
-    return [Cell(name, value=results.named("model").index(name)), Cell(results.title(name))]
+def model_cell(results: Results, name: str) -> Cell:
+    """A model's number and title, which sort by the number."""
+    title = results.title(name)
+    return Cell(name, (title,) if title != name else (), results.named("model").index(name))
 
 
 class Sizes:
@@ -85,25 +86,31 @@ def primary_table(results: Results, comparison: Comparison) -> Table:
     sizes = Sizes()
     sizes.found["both models, paired"] = {pair.n for pair in comparison.pairs}
     caption = f"Worst case at {comparison.threat}, accuracy of the most frequent answer in %; {sizes}"
-    names = [f"{name} {results.title(name)}" for name in (comparison.first, comparison.second)]
+    names = [results.called(name) for name in (comparison.first, comparison.second)]
     return Table(caption, ["seed", "n", *names, "difference, points", "McNemar p"], rows, results.warnings)
 
 
 def family_table(results: Results) -> Table:
     """The other comparisons, with p-values that hold together."""
     rows, sizes = [], Sizes()
+    sizes.found = {where: set() for where in ("clean", *results.named("threat"))}
     for comparison, p in family(results):
         where, verdict, interval = comparison.threat or "clean", comparison.verdict(p), comparison.interval
-        sizes.found.setdefault(where, set()).update(pair.n for pair in comparison.pairs)
+        sizes.found[where].update(pair.n for pair in comparison.pairs)
         rows.append([
-            Cell(f"{comparison.first} against {comparison.second}"), Cell(where), number(len(comparison.pairs)),
+            Cell(f"{comparison.first} - {comparison.second}"), Cell(where), number(len(comparison.pairs)),
             number(comparison.difference, f"{100 * comparison.difference:+.1f}"),
-            Cell(f"[{100 * interval[0]:+.1f}, {100 * interval[1]:+.1f}]" if interval else "one seed"),
+            _interval(interval),
             number(p, f"{p:.2g}"), Cell(verdict, strong=verdict in ("better", "worse")),
         ])  # fmt: skip
     caption = f"Differences in points, most frequent answer, clean and in the worst case within each threat; {sizes}"
-    header = ["first against second", "where", "seeds", "difference", "t interval", "Holm p", "the first is"]
+    header = ["first - second", "where", "seeds", "difference", "t interval", "Holm p", "the first is"]
     return Table(caption, header, rows, results.warnings)
+
+
+def _interval(found: tuple[float, float] | None) -> Cell:
+    """A t interval in points, which sorts by its lower end."""
+    return Cell(f"[{100 * found[0]:+.1f}, {100 * found[1]:+.1f}]", value=found[0]) if found else Cell("one seed")
 
 
 def seeds_table(results: Results) -> Table:
@@ -117,10 +124,10 @@ def seeds_table(results: Results) -> Table:
                 sizes.score(threat, found)
                 low, high = (f"{100 * end:.1f}" for end in interval)
                 each = ", ".join(f"{100 * value:.1f}" for value in means)
-                spread = Cell(f"{100 * mean(means):.1f}", f"[{low}, {high}]", mean(means), strong=True)
-                rows.append([*model_cells(results, name), Cell(threat), number(len(means)), spread, Cell(each)])
+                spread = Cell(f"{100 * mean(means):.1f}", (f"[{low}, {high}]",), mean(means), strong=True)
+                rows.append([model_cell(results, name), Cell(threat), number(len(means)), spread, Cell(each)])
     caption = f"The worst case over seeds, accuracy in % with the t interval of the seeds; {sizes}"
-    return Table(caption, ["", "model", "threat", "seeds", "mean", "each seed"], rows, results.warnings)
+    return Table(caption, ["model", "threat", "seeds", "mean", "each seed"], rows, results.warnings)
 
 
 def paper_table(results: Results) -> Table:
@@ -134,7 +141,11 @@ def paper_table(results: Results) -> Table:
         else:
             ours, why = _as_the_paper(results, name, threat), results.missing("train", name) or "not run"
             cells = [sizes.score(column, ours[column], why, column == HEADLINE) for column in columns]
-        beside = [cell for reported, cell in zip(paper, cells, strict=False) for cell in (number(reported), cell)]
+        beside = [
+            cell
+            for reported, cell in zip(paper, cells, strict=False)
+            for cell in (number(reported, f"{reported:.1f}"), cell)
+        ]
         rows.append([number(keep), Cell(name or NOT_PLANNED), *beside, cells[3]])
     header = ["keep p", "model", *(f"{column}, {whose}" for column in columns[:3] for whose in ("paper", "ours"))]
     caption = f"T1. The paper's table beside ours at {threat}, accuracy in %; ours: {sizes}"
@@ -176,9 +187,9 @@ def attacks_table(results: Results, threat: str) -> Table:
     single = list(dict.fromkeys(attack for record in white for attack in record.result["attacks"]))
     groups, sizes = results.groups(threat), Sizes()
     rows = [_attacked(results, threat, name, single, groups, sizes) for name in results.named("model")]
-    columns = [HEADLINE, "seeds", "clean", *single, *(f"{group}, worst" for group in groups)]
+    columns = [HEADLINE, "masked?", "clean", *single, *(f"{group}, worst" for group in groups)]
     caption = f"T2. Accuracy in % under {threat}; {sizes}"
-    return Table(caption, ["", "model", *columns, "masked?", "queries", "seconds"], rows, results.warnings)
+    return Table(caption, ["model", *columns, "seeds", "queries", "seconds"], rows, results.warnings)
 
 
 def _attacked(
@@ -189,24 +200,26 @@ def _attacked(
     untrained = results.missing("train", name)
 
     def why(group: str) -> str:
-        return results.missing("attack", name, first, threat, group) or untrained or "not run"
+        found = results.missing("attack", name, first, threat, group) or untrained or "not run"
+        return found.split(":")[0]
 
     def under(*chosen: str) -> list[Scores | None]:
         return [results.worst(threat, name, chosen or None, seed) for seed in seeds]
 
-    headline = sizes.score(HEADLINE, under(), why(WHITE_BOX), strong=True)
+    headline = sizes.score(HEADLINE, under(), untrained or why(WHITE_BOX), strong=True)
     if seeds and (lacking := results.lacks(threat, name, first)):
-        headline = Cell(headline.text, f"{headline.small} without {', '.join(lacking)}", headline.value, strong=True)
+        headline = Cell(headline.text, (*headline.small, f"without {', '.join(lacking)}"), headline.value, strong=True)
+    why_clean = results.missing("clean", name, first) or "not run"
     clean = [results.clean(name, seed) for seed in seeds or results.seeds(name)]
     white = [results.attacks(threat, name, WHITE_BOX, seed) for seed in seeds]
     return [
-        *model_cells(results, name),
+        model_cell(results, name),
         headline,
-        number(len(seeds)),
-        sizes.score("clean", clean, results.missing("clean", name, first) or "not run"),
+        _flag(results, threat, name),
+        sizes.score("clean", clean, why_clean.split(":")[0]),
         *(sizes.score(attack, [found.get(attack) for found in white], why(WHITE_BOX)) for attack in single),
         *(sizes.score(group, under(group), why(group)) for group in groups),
-        _flag(results, threat, name),
+        number(len(seeds)),
         *_effort(results, threat, name, seeds),
     ]
 
@@ -216,9 +229,9 @@ def _flag(results: Results, threat: str, name: str) -> Cell:
     tested = [p for (t, n, _, _), p in results.masked.items() if (t, n) == (threat, name)]
     if not tested:
         return Cell(NOT_PLANNED)
-    text = f"p = {min(tested):.2g}"
     groups = results.is_masked(threat, name)
-    return Cell(f"masked by {', '.join(groups)}" if groups else "no", text, min(tested), strong=bool(groups))
+    small = (*(f"by {group}" for group in groups), f"p = {min(tested):.2g}")
+    return Cell("masked" if groups else "no", small, min(tested), strong=bool(groups))
 
 
 def _effort(results: Results, threat: str, name: str, seeds: Sequence[int]) -> list[Cell]:
@@ -242,10 +255,10 @@ def every_attack_table(results: Results) -> Table:
         for attack, packed in record.result["attacks"].items():
             scores = Scores.unpack(packed)
             rows.append([
-                *model_cells(results, name), number(seed), Cell(str(threat)), Cell(str(group)), Cell(attack),
+                model_cell(results, name), number(seed), Cell(str(threat)), Cell(str(group)), Cell(attack),
                 number(len(scores), f"{len(scores):,}"), score([scores]),
                 number(packed["queries"], f"{packed['queries']:,}"),
                 number(packed["seconds"], f"{packed['seconds']:,.1f}"),
             ])  # fmt: skip
-    header = ["", "model", "seed", "threat", "group", "attack", "n", "accuracy, %", "queries", "seconds"]
+    header = ["model", "seed", "threat", "group", "attack", "n", "accuracy, %", "queries", "seconds"]
     return Table("Every attack that was run, with its n", header, rows, results.warnings, folded=True)
