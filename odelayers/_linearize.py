@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from odelayers._evaluator import transformed
+from odelayers._evaluator import dual, transformed
 from odelayers._field import Field
 
 __all__ = ["Factor", "leaf", "linearization", "product", "refused"]
@@ -43,7 +43,7 @@ def product(factors: list[Factor], batch: int) -> Tensor:
 
 def leaf(x: Tensor) -> Tensor:
     """The same values as the leaf of a new graph, which autograd differentiates by."""
-    if not torch.compiler.is_compiling() and transformed():
+    if not torch.compiler.is_compiling() and (transformed() or dual()):
         raise refused()
     return (x.clone() if x.is_inference() else x.detach()).requires_grad_()
 
@@ -51,9 +51,9 @@ def leaf(x: Tensor) -> Tensor:
 def refused() -> RuntimeError:
     """The error for the transforms of torch.func that a Jacobian cannot pass."""
     return RuntimeError(
-        "jacobian under a torch.func transform: it differentiates the field itself and reads on the host whether the "
-        "result is finite, which vmap, jvp and transforms with respect to anything but z forbid; hand all rows over as "
-        "one batch, jacobian(f, z), and differentiate the result with torch.autograd.grad"
+        "jacobian under a torch.func transform or with dual numbers: it differentiates the field itself and reads on "
+        "the host whether the result is finite, which vmap, forward mode and transforms with respect to anything but z "
+        "forbid; differentiate the result with torch.autograd.grad, and hand all rows over as one batch, jacobian(f, z)"
     )
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from odelayers import MLP, RK4, Dopri5, Heun, ODEBlock, Tsit5, jacobian
+from odelayers import MLP, RK4, Adjoint, Checkpoint, Dopri5, Heun, ODEBlock, Reversible, Rodas5P, Tsit5, jacobian
 from odelayers._solvers.stages import _kept_vectors
 
 
@@ -116,6 +116,24 @@ def test_inference_mode_leaves_nothing_behind_that_training_cannot_use(solver: R
 def test_export_leaves_nothing_behind_that_a_block_cannot_use(strict: bool, z: Tensor) -> None:
     """Tensors made while exporting are the exporter's own."""
     untouched(lambda flow: torch.export.export(flow, (z,), strict=strict), RK4(steps=4), z)
+
+
+@pytest.mark.parametrize("gradient", [Checkpoint(), Reversible(), Adjoint()], ids=repr)
+def test_gradients_that_evaluate_again_refuse_dual_numbers(gradient: Checkpoint, z: Tensor) -> None:
+    """They would drop the tangent of a context without a word."""
+    flow = ODEBlock(lambda z, c: torch.tanh(z) * c, time=False, solver=RK4(steps=4), gradient=gradient)
+    with forward_ad.dual_level(), pytest.raises(RuntimeError, match=r"forward mode.*use gradient=Backprop\(\)"):
+        flow(z, context=forward_ad.make_dual(z, z))
+
+
+def test_what_differentiates_the_field_itself_refuses_dual_numbers(z: Tensor) -> None:
+    """A Jacobian, and the steps of a Rosenbrock method, would lose or falsify the tangents."""
+    with forward_ad.dual_level():
+        x = forward_ad.make_dual(z, z)
+        with torch.no_grad(), pytest.raises(RuntimeError, match=r"Rodas5P.*dual numbers.*use a fixed grid"):
+            block(Rodas5P())(x)
+        with pytest.raises(RuntimeError, match=r"jacobian under a torch.func transform or with dual numbers"):
+            jacobian(torch.tanh, x)
 
 
 @pytest.mark.parametrize("solver", [RK4(steps=16), Dopri5(1e-10, 1e-10)], ids=repr)

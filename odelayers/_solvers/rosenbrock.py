@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from odelayers._driver import Driver, against
-from odelayers._evaluator import Evaluator, transformed
+from odelayers._evaluator import Evaluator, dual, transformed
 from odelayers._field import as_rows
 from odelayers._jacobian import differentials, refuse_batch_statistics
 from odelayers._solvers.adaptive import Adaptive
@@ -76,11 +76,11 @@ class Rosenbrock(RowMarch, Adaptive):
         return [] if step.outputs is None else [z.index_select(0, on(z, step.outputs.ends))]
 
     def _refuse(self, f: Evaluator) -> None:
-        if transformed():
+        if transformed() or dual():
             raise RuntimeError(
-                f"{self!r} under a torch.func transform: its steps differentiate the field themselves and read errors "
-                f"on the host, which transforms forbid; use a fixed grid such as RK4(steps), or hand the rows over as "
-                f"one batch (odelayers.jacobian does)"
+                f"{self!r} under a torch.func transform or with dual numbers: its steps differentiate the field "
+                f"themselves and read errors on the host, which these forbid; use a fixed grid such as RK4(steps), or "
+                f"hand the rows over as one batch (odelayers.jacobian does)"
             )
         refuse_batch_statistics(f.field, repr(self))
 
