@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from odelayers._driver import Driver
-from odelayers._evaluator import Evaluator, OnCall, readable
+from odelayers._evaluator import Evaluator, OnCall, dual, readable
 from odelayers._field import Field, training_batchnorm, training_dropout
 from odelayers._gradients import Adjoint, Backprop, Checkpoint, Gradient, Implicit, Reversible
 from odelayers._solution import SolveError, Stats, Status
@@ -131,6 +131,11 @@ def check_layers(field: Field, gradient: Gradient, where: str) -> None:
 
 def solve(problem: Problem, solver: Solver, gradient: Gradient, isolate: bool) -> Solved:
     """Solve; with `isolate`, failed rows are NaN and the others as if alone."""
+    if gradient.evaluates_again and dual() and torch.is_grad_enabled():
+        raise RuntimeError(
+            f"field {problem.field.name}: {gradient!r} evaluates the field again and knows no forward mode: tangents of "
+            f"torch.autograd.forward_ad would be lost; use gradient=Backprop()"
+        )
     batch, device = problem.z0.shape[0], problem.z0.device
     status = torch.zeros(batch, dtype=torch.long, device=device)
     failed_at = torch.full((batch,), torch.nan, device=device)

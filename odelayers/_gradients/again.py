@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from odelayers._driver import Driver
-from odelayers._evaluator import Evaluator, dual
+from odelayers._evaluator import Evaluator
 from odelayers._gradients.base import Setting, check_cotangent, cut
 from odelayers._solvers.base import Invertible, MarchingSolver, Path, leaf
 
@@ -47,11 +47,6 @@ class Replay(ABC):
     def path(self, z0: Tensor) -> Path:
         """Solve from z0 as one node of the graph, where anything asks for a gradient."""
         originals: list[Tensor] = []
-        if dual():
-            raise RuntimeError(
-                f"{self.f.field.name}: a gradient that evaluates the field again knows no forward mode, and would lose "
-                f"the tangents of torch.autograd.forward_ad; use gradient=Backprop()"
-            )
         if torch.is_grad_enabled():
             self.driver, originals, self.wanted = cut(self.f, self.driver)
         if torch.is_grad_enabled() and any(x.requires_grad for x in (z0, *originals)):
