@@ -4,83 +4,55 @@
     python examples/sodef_mnist.py                    preset quick: under 15 minutes on 2 cores
     python examples/sodef_mnist.py --preset full      a GPU, or a night
 
-A run that was stopped goes on where it was when it is started again with the same arguments.
+A run that was stopped goes on where it was when it is started again with the same arguments. `--jobs 4` shares the
+cells out among four processes; `torchrun --nproc-per-node=4 examples/sodef_mnist.py` trains every model on all of them.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
-import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
-from mnist.data import DataError, load
-from mnist.presets import PRESETS
+from mnist import command
+from mnist.data import Dataset, load
+from mnist.parallel import joined
+from mnist.presets import PRESETS, Preset
 from mnist.report import write_report
-from mnist.study import run, usable_device
+from mnist.runner import run
+from mnist.study import Study
 
 
-def _whole(least: int) -> Callable[[str], int]:
-    def whole(text: str) -> int:
-        if not text.isdecimal() or int(text) < least:
-            raise argparse.ArgumentTypeError(f"expected an int >= {least}, got {text!r}")
-        return int(text)
-
-    return whole
-
-
-def arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    """What the command line says."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", choices=list(PRESETS), default="quick", help="how much to do (default: quick)")
-    parser.add_argument("--out", type=Path, help="folder of the results (default: runs/sodef_mnist-PRESET)")
+def options(parser: argparse.ArgumentParser) -> None:
+    """What this study's command line says beside what all say."""
+    parser.add_argument("--jobs", type=command.whole(1), default=1, help="processes that share the work (default: 1)")
     parser.add_argument(
-        "--data",
-        metavar="DIR",
-        help="folder with MNIST's four IDX files, or 'digits' for scikit-learn's; "
-        "default: $ODELAYERS_MNIST, else the cache folder, else a download",
+        "--budget", type=command.minutes, metavar="MINUTES", help="begin nothing new after so many minutes"
     )
-    parser.add_argument(
-        "--seed", type=_whole(0), default=0, help="seed of weights, order, noise and attacks (default: 0)"
-    )
-    parser.add_argument("--device", default="cpu", help="torch device (default: cpu)")
-    # The operations are small: a second thread gains little, loses much as soon as another process wants its core, and
-    # changes the last digits. One thread gives the same numbers on every machine of a kind.
-    parser.add_argument("--threads", type=_whole(1), default=1, help="CPU threads of one operation (default: 1)")
-    given = parser.parse_args(argv)
-    given.out = given.out or Path("runs") / f"sodef_mnist-{given.preset}"
-    if given.out.exists() and not given.out.is_dir():
-        parser.error(f"--out: {given.out} is a file, expected a folder")
-    try:
-        given.device = usable_device(given.device)
-    except ValueError as error:
-        parser.error(f"--device: {error}")
-    return given
+
+
+def process(preset: Preset, where: str | None, out: Path, seed: int, device: torch.device, threads: int) -> Study:
+    """The study of one process."""
+    torch.set_num_threads(threads)
+    return Study(preset, load(where, say=lambda text: None), out, seed, device)
+
+
+def compute(preset: Preset, data: Dataset, given: argparse.Namespace, say: Callable[..., None]) -> None:
+    """Compute the cells as the command line says."""
+    about = {"preset": preset.name, "warning": preset.warning, "data": data.name, "banner": data.banner}
+    with joined(str(given.device)) as device:
+        make = partial(process, preset, given.data, given.out, given.seed, device, given.threads)
+        run(make, preset, {**about, "seed": given.seed}, given.out, jobs=given.jobs, minutes=given.budget, say=say)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the study; returns the exit status."""
-    given, started = arguments(argv), time.perf_counter()
-    torch.set_num_threads(given.threads)
-    try:
-        data = load(given.data)
-    except DataError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    for text in (data.banner, PRESETS[given.preset].warning):
-        if text:
-            print(f"*** {text} ***")
-    try:
-        run(PRESETS[given.preset], data, given.out, given.seed, given.device)
-    except KeyboardInterrupt:
-        print(f"\nstopped; the same command goes on from what is in {given.out}", file=sys.stderr)
-        return 130
-    report = write_report(given.out)
-    print(report.read_text())
-    print(f"{time.perf_counter() - started:.0f} s in all; the report with its pictures: {report}")
-    return 0
+    """Run the study; returns the exit status. Of the processes of torchrun the first has a say."""
+    say = print if os.environ.get("RANK", "0") == "0" else lambda *text, **options: None
+    return command.main("sodef_mnist", __doc__, PRESETS, compute, write_report, argv, options=options, say=say)
 
 
 if __name__ == "__main__":

@@ -262,7 +262,7 @@ def test_wrong_settings_are_refused_by_name():
         Threat("l1", 0.5)
     with pytest.raises(ValueError, match="eps"):
         Threat("l2", 0.0)
-    with pytest.raises(ValueError, match="loss: expected one of 'ce', 'margin'"):
-        Attack("dlr")
+    with pytest.raises(ValueError, match="PGD.loss: expected one of 'ce', 'margin', 'dlr'"):
+        Attack("hinge")
     with pytest.raises(ValueError, match="restarts"):
         Attack(restarts=0)

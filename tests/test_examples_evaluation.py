@@ -10,8 +10,9 @@ from scipy.stats import binomtest
 
 from examples.mnist import data
 from examples.mnist.attacks import input_gradient
-from examples.mnist.evaluation import _worst, holm, mcnemar, wilson
 from examples.mnist.models import Block, Classifier, attacked, surrogate
+from examples.mnist.scores import Scores, holm, mcnemar, wilson, worst
+from odelayers import Adjoint, Backprop, GradientError, ODEBlock
 
 DIGITS = data.load("digits").test
 IMAGES, LABELS = DIGITS.images[:6], DIGITS.labels[:6]
@@ -67,6 +68,41 @@ def test_a_surrogate_has_the_models_values_and_another_gradient(route):
     torch.testing.assert_close(found, torch.autograd.grad(expected, x)[0], rtol=1e-4, atol=1e-6)
 
 
+def test_the_adjoint_route_has_the_models_values_and_nearly_its_gradient():
+    """Solved backwards, the gradient of a mild field is the own one up to the tolerance; the block keeps its own."""
+    torch.manual_seed(0)
+    model = Classifier((2, 2, 4), Block("ode", t1=2.0)).eval().requires_grad_(False)
+    assert model.routes == ("identity", 0.2, "adjoint")
+    view, other = attacked(model, 1, generator()), surrogate(model, "adjoint", 1, generator())
+    assert torch.equal(other(IMAGES), view(IMAGES))
+    own, _ = input_gradient(view, IMAGES, LABELS, "margin")
+    found, _ = input_gradient(other, IMAGES, LABELS, "margin")
+    assert 0 < (own - found).norm() < 1e-3 * own.norm()
+    assert model.block.gradient == Backprop()
+
+
+def test_a_gradient_that_the_adjoint_gets_wrong_is_still_followed():
+    """On a field so contracting that the checked adjoint refuses, the attack's gradient is finite and wrong."""
+    torch.manual_seed(0)
+    model = Classifier((2, 2, 4), Block("ode", t1=10.0)).eval().requires_grad_(False)
+    for p in model.block.f.parameters():
+        p.mul_(4)
+    own, _ = input_gradient(attacked(model, 1, generator()), IMAGES, LABELS, "margin")
+    found, _ = input_gradient(surrogate(model, "adjoint", 1, generator()), IMAGES, LABELS, "margin")
+    assert found.isfinite().all() and (own - found).norm() > 0.01 * own.norm()
+    z = model.features(IMAGES).requires_grad_()
+    checked = ODEBlock(model.block.f, t1=10.0, solver=model.block.solver, gradient=Adjoint())
+    with pytest.raises(GradientError, match="differs from the forward solve"):
+        checked(z).sum().backward()
+
+
+def test_a_noisy_block_has_no_adjoint_route(noisy):
+    """Euler-Maruyama has no adjoint: the route is not among the model's, and asking for it says why."""
+    assert noisy.routes == ("identity", 0.2)
+    with pytest.raises(ValueError, match=r"EulerMaruyama\(steps=4\) has no adjoint"):
+        surrogate(noisy, "adjoint", 1, generator())
+
+
 def test_intervals_and_tests_are_the_textbooks():
     """Wilson's interval and the exact McNemar test equal scipy's; Holm's correction equals a worked example."""
     for k, n in [(0, 10), (7, 10), (283, 300), (300, 300)]:
@@ -80,8 +116,10 @@ def test_intervals_and_tests_are_the_textbooks():
     assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
 
 
-def test_the_worst_case_is_chosen_sample_by_sample():
-    """Of several attacks' images, each sample keeps those with the lowest share of right answers."""
-    first = torch.tensor([1.0, 0.0, 0.5]), torch.zeros(3, 1, 2, 2)
-    second = torch.tensor([0.0, 1.0, 0.25]), torch.ones(3, 1, 2, 2)
-    assert _worst([first, second])[:, 0, 0, 0].tolist() == [1.0, 0.0, 1.0]
+def test_the_worst_case_is_chosen_by_draws_that_do_not_count():
+    """Each sample keeps the scores of the attack that looked worst, also where those are better than another's."""
+    first = Scores(4, (4, 0, 3), (True, False, True), (3, 0, 2))
+    second = Scores(4, (1, 4), (False, True), (1, 4))
+    assert worst([first, second]) == Scores(4, (1, 0, 3), (False, False, True), (1, 0, 2))
+    lucky = Scores(4, (2, 2, 2), (True, True, True), (0, 1, 3))
+    assert worst([first, lucky]) == Scores(4, (2, 0, 3), (True, False, True), (0, 0, 2))

@@ -15,35 +15,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 
-from examples.mnist import data as mnist_data, records, study
-from examples.mnist.attacks import Attack, Threat
-from examples.mnist.models import Block
-from examples.mnist.presets import PRESETS, Model, Suite
-from examples.mnist.report import write_report
-from examples.mnist.training import Phase
-
-CPU = torch.device("cpu")
-ONE = (Phase("block", 1),)
-NOISY = Block("sde", t1=2.0, steps=4, p=0.1)
-SMALL = replace(
-    PRESETS["smoke"],
-    widths=(2, 2, 4),
-    models=(
-        Model("M0", "features + head", Block("none"), None, (Phase("all", 1, lr=3e-3),)),
-        Model("M3", "SODEF", Block("ode", t1=2.0, tolerance=1e-3), "M0", (*ONE, Phase("all", 1)), regularised=True),
-        Model("M4", "SODEF_0.9", NOISY, "M3", ONE, regularised=True),
-        Model("M5", "as long", replace(NOISY, p=0.0), "M3", ONE, regularised=True),
-        Model("M13", "masker", Block("staircase"), "M0"),
-    ),
-    suite=Suite(8, (Threat("l2", 0.5), Threat("linf", 0.3)), (Attack("ce", 3),), (Attack("margin", 3),), 2, 4),
-    spectrum_points=5,
-    train_images=128,
-    validation_images=40,
-    test_images=40,
-)
-STAGES = 5 + 1 + 5 + 10  # trainings, spectra, clean scores, attacks
+from examples.mnist import data as mnist_data, records, runner, study
+from examples.mnist.results import Results
+from examples.mnist.scores import Scores
+from small_study import CPU, PLAN, SMALL, THREATS, results, run, without_times
 
 
 @pytest.fixture(scope="module")
@@ -55,18 +31,8 @@ def digits():
 def finished(digits, tmp_path_factory):
     """A small study that ran through unbroken."""
     out = tmp_path_factory.mktemp("unbroken")
-    study.run(SMALL, digits, out, 0, CPU)
+    run(out, digits)
     return out
-
-
-def results(out: Path) -> dict[str, dict]:
-    """What each record of a folder holds."""
-    return {path.name: json.loads(path.read_text())["result"] for path in sorted((out / "records").glob("*.json"))}
-
-
-def without_times(results: dict[str, dict]) -> dict[str, dict]:
-    """The same but for the one time among the results."""
-    return {name: {k: v for k, v in r.items() if k != "milliseconds_128"} for name, r in results.items()}
 
 
 def test_a_study_that_is_killed_at_every_stage_ends_with_the_same_numbers(digits, finished, tmp_path, monkeypatch):
@@ -86,18 +52,20 @@ def test_a_study_that_is_killed_at_every_stage_ends_with_the_same_numbers(digits
 
     computed = []
     monkeypatch.setattr(records, "write", killed)
-    monkeypatch.setattr(study, "write", killed)
+    monkeypatch.setattr(runner, "write", killed)
     compute = records.Records.stage
     monkeypatch.setattr(
         records.Records,
         "stage",
-        lambda self, name, config, f: compute(self, name, config, lambda path: computed.append(name) or f(path)),
+        lambda self, name, config, f, save=None: compute(
+            self, name, config, lambda: computed.append(name) or f(), save
+        ),
     )
-    for _ in range(STAGES + 1):
+    for _ in range(len(PLAN) + 1):
         with pytest.raises(Killed):
-            study.run(SMALL, digits, tmp_path, 0, CPU)
-    study.run(SMALL, digits, tmp_path, 0, CPU)
-    assert len(computed) == 2 * STAGES, "a stage is computed once in vain and once for good"
+            run(tmp_path, digits)
+    run(tmp_path, digits)
+    assert len(computed) == 2 * len(PLAN), "a stage is computed once in vain and once for good"
     assert without_times(results(tmp_path)) == without_times(results(finished))
     assert (tmp_path / "run.json").read_text() == (finished / "run.json").read_text()
 
@@ -105,85 +73,76 @@ def test_a_study_that_is_killed_at_every_stage_ends_with_the_same_numbers(digits
 def test_a_second_run_computes_nothing(digits, finished, monkeypatch):
     """Every stage of a finished study is found."""
     monkeypatch.setattr(records, "write", lambda path, content: pytest.fail(f"{path} was computed again"))
-    study.run(SMALL, digits, finished, 0, CPU)
+    run(finished, digits)
 
 
-def test_a_changed_configuration_is_computed_and_the_old_records_stay(digits, finished, tmp_path, capsys):
-    """Another attack suite reuses the trained models alone; another seed reuses nothing."""
+def test_a_changed_configuration_is_computed_and_the_old_records_stay(digits, finished, tmp_path):
+    """Other attacks reuse the trained models alone; another seed reuses nothing."""
     out = Path(shutil.copytree(finished, tmp_path / "copy"))
     before = set(results(out))
-    study.run(replace(SMALL, suite=replace(SMALL.suite, images=4)), digits, out, 0, CPU)
+    suite = replace(SMALL.suite, groups=(replace(SMALL.suite.groups[0], images=4), *SMALL.suite.groups[1:]))
+    run(out, digits, replace(SMALL, suite=suite))
     new = set(results(out)) - before
-    assert len(new) == 10 and all(name.startswith("attack-") for name in new)
-    assert "of another configuration are left alone" in capsys.readouterr().out
+    assert len(new) == 2 * 9 and all("white-box" in name for name in new)
     assert before < set(results(out))
-    first = SMALL.models[0]
-    keys = [study.Study(SMALL, digits, out, seed, CPU).train(first).key for seed in (0, 0, 1)]
+    first = PLAN[0]
+    keys = [study.Study(SMALL, digits, out, seed, CPU).do(first).key for seed in (0, 0, 1)]
     assert keys[0] == keys[1] != keys[2]
 
 
 def test_a_broken_record_is_an_error_that_names_it(tmp_path):
     """What is no JSON is not computed over in silence."""
     (tmp_path / "records").mkdir()
-    keeper = records.Records(tmp_path, 1, say=lambda line: None)
-    record = keeper.stage("one", {"a": 1}, lambda weights: {"x": 2})
+    keeper = records.Records(tmp_path)
+    record = keeper.stage("one", {"a": 1}, lambda: {"x": 2})
     path = tmp_path / "records" / record.file
     path.write_text("{")
     with pytest.raises(RuntimeError, match=re.escape(str(path))):
-        keeper.stage("one", {"a": 1}, lambda weights: {"x": 2})
+        keeper.stage("one", {"a": 1}, lambda: {"x": 2})
 
 
 def test_the_key_of_a_record_covers_its_configuration(tmp_path):
     """Any change of the configuration, and only that, changes the key; results are computed once per key."""
-    keeper, calls = records.Records(tmp_path, 1, say=lambda line: None), []
+    keeper, calls = records.Records(tmp_path), []
     for config in ({"a": 1, "b": [1, 2]}, {"b": (1, 2), "a": 1}, {"a": 1, "b": [2, 1]}, {"a": 1.5, "b": [1, 2]}):
-        keeper.stage("one", config, lambda weights, config=config: calls.append(config) or {})
+        keeper.stage("one", config, lambda config=config: calls.append(config) or {})
     assert len(calls) == 3
 
 
-def test_the_report_is_drawn_from_the_records_alone(finished, tmp_path):
-    """Without weights, data or library state the same report comes out, and its numbers are the records'."""
-    out = Path(shutil.copytree(finished, tmp_path / "copy", ignore=shutil.ignore_patterns("*.pt")))
-    text = write_report(out).read_text()
-    assert text == write_report(finished).read_text()
-    assert (out / "accuracy.png").stat().st_size > 10_000 and (out / "spectra.png").stat().st_size > 10_000
-    run = json.loads((out / "run.json").read_text())
-    for threat, files in run["attacks"].items():
-        section = text.split(f"## Under {threat}")[1].split("##")[0]
-        for name, file in files.items():
-            worst = json.loads((out / "records" / file).read_text())["result"]["worst"]
-            share = 100 * sum(worst["share"]) / len(worst["share"])
-            assert re.search(rf"\| {name} \|.*\| {share:.1f} \[", section), (threat, name)
-
-
-def test_every_table_of_a_small_run_says_that_it_is_no_evidence(finished):
-    """The warning of the preset and the name of the stand-in data stand on each table."""
-    text = write_report(finished).read_text()
-    captions = [line for line in text.splitlines() if line.startswith("**")]
-    assert len(captions) == 1 + len(SMALL.suite.threats) + 2  # the paper, threats, constraints, cost
-    assert all("a smoke run, not evidence" in line and "NOT MNIST" in line for line in captions)
-
-
-def cells(out: Path, name: str) -> list[dict]:
-    return [r for file, r in results(out).items() if file.startswith(f"attack-{name}-") and r["n"] == 8]
-
-
 @pytest.mark.parametrize("name", ["M0", "M3", "M4", "M5", "M13"])
-def test_attacks_are_scored_within_their_threat_and_worst_is_worst(finished, name):
+@pytest.mark.parametrize("threat", THREATS, ids=str)
+def test_attacks_are_scored_within_their_threat_and_worst_is_worst(finished, name, threat):
     """No image leaves its ball; without noise the worst case is the minimum over attacks, sample by sample."""
-    for cell, eps in zip(cells(finished, name), (0.5, 0.3), strict=True):
-        assert cell["largest_change"] <= eps * (1 + 1e-5)
-        assert name == "M13" or cell["largest_change"] > 0
-        if name != "M4":
-            attacks = [attack["share"] for attack in cell["attacks"].values()]
-            assert cell["worst"]["share"] == [min(shares) for shares in zip(*attacks, strict=True)]
-            assert all(w <= c for w, c in zip(cell["worst"]["share"], cell["clean"]["share"], strict=True))
+    found, everything = Results(finished), []
+    for group in found.named("group"):
+        record = found.record("attack", name, 0, str(threat), group)
+        if record:
+            assert record.result["largest_change"] <= threat.eps * (1 + 1e-5)
+            assert all(attack["queries"] > 0 for attack in record.result["attacks"].values())
+        everything += found.attacks(str(threat), name, group).values()
+    worst, clean = found.worst(str(threat), name), found.clean(name)
+    assert (len(worst) == 8 and all(w <= c for w, c in zip(worst.counts, clean.counts, strict=False))) or name == "M4"
+    if name != "M4":
+        everything.append(clean.first(8))
+        for i, count in enumerate(worst.counts):
+            assert count == min(scores.counts[i] for scores in everything if i < len(scores))
 
 
 def test_the_hand_made_masker_has_no_gradient_at_all(finished):
     """The positive control: every gradient of M13 is zero, none of M0's is."""
-    assert all(cell["zero_gradients"] == {"ce": 1.0, "margin": 1.0} for cell in cells(finished, "M13"))
-    assert all(cell["zero_gradients"]["margin"] == 0.0 for cell in cells(finished, "M0"))
+    found = Results(finished)
+    assert found.record("probe", "M13").result["zero_gradients"] == {"ce": 1.0, "margin": 1.0}
+    assert found.record("probe", "M0").result["zero_gradients"]["margin"] == 0.0
+
+
+def test_scores_come_back_from_their_record():
+    """Counts up to the most draws, packed as one character a sample."""
+    noisy = Scores(74, (0, 74, 9), (False, True, True), (1, 73, 10))
+    plain = Scores(1, (0, 1), (False, True), (0, 1))
+    for scores in (noisy, plain):
+        assert Scores.unpack(json.loads(json.dumps(scores.pack()))) == scores
+    with pytest.raises(ValueError, match="at most 74 draws, got 75"):
+        Scores(75, (75,), (True,), (75,)).pack()
 
 
 def command(*arguments: str, **environment: str) -> subprocess.Popen[str]:
@@ -201,6 +160,8 @@ def command(*arguments: str, **environment: str) -> subprocess.Popen[str]:
         (["--seed", "-1"], "expected an int >= 0, got '-1'"),
         (["--seed", "two"], "expected an int >= 0, got 'two'"),
         (["--threads", "0"], "expected an int >= 1, got '0'"),
+        (["--jobs", "0"], "expected an int >= 1, got '0'"),
+        (["--budget", "-1"], "expected a number of minutes >= 0, got '-1'"),
         (["--device", "abacus"], "torch cannot use 'abacus' here"),
         (["--data", "/no/such/folder"], "--data: expected a folder with MNIST's four IDX files"),
         (["--out", __file__], "is a file, expected a folder"),
@@ -237,5 +198,4 @@ def test_the_command_survives_a_real_kill(tmp_path):
     last = command(*arguments, str(broken))
     out, err = last.communicate(timeout=300)
     assert last.returncode == 0, err
-    assert out.count("already done") >= 10
     assert without_times(results(broken)) == without_times(results(tmp_path / "unbroken"))

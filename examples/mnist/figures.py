@@ -1,7 +1,10 @@
-"""The pictures of the report: accuracy bars and the histogram of eigenvalues."""
+"""The pictures of the report, each on a light and on a dark ground; all are drawn from records, finished or not."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib
@@ -12,14 +15,16 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from .evaluation import wilson
-from .results import Results
+from .audits import fields
+from .results import WHITE_BOX, Results, mean
+from .scores import Scores, wilson
 
-__all__ = ["bars_figure", "spectra_figure"]
+__all__ = ["bars_figure", "cost_figure", "curves", "plateaus", "radii_figure", "spectra_figure", "steps_figure"]
 
-# Okabe and Ito's palette, told apart by colour-blind readers and in grey.
-KINDS = {"clean": "#BBBBBB", "white-box": "#0072B2", "bypass": "#E69F00", "worst": "#1A1A1A"}
-LINES = ("#999999", "#0072B2", "#D55E00", "#009E73")
+# Okabe and Ito's palette, told apart by colour-blind readers; where its colours end, other dashes begin.
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#56B4E9", "#CC79A7", "#999999")
+DASHES = ("-", "--", ":")
+MARKERS = "osD^vPX"
 STYLE = {
     "font.size": 10,
     "axes.spines.top": False,
@@ -29,85 +34,248 @@ STYLE = {
     "axes.axisbelow": True,
     "figure.constrained_layout.use": True,
     "legend.frameon": False,
-    "svg.hashsalt": "odelayers",
 }
 
 
-def bars_figure(results: Results, out: Path) -> Path:
-    """Accuracy of every model, clean and under each kind of attack, with 95 % intervals: one panel per threat."""
-    with plt.rc_context(STYLE):
-        panels = list(results.attacks)
-        figure, axes = plt.subplots(len(panels), 1, figsize=(8.6, 2.3 * len(panels) + 0.7), sharex=True, squeeze=False)
-        for panel, threat in zip(axes[:, 0], panels, strict=True):
-            _bars(panel, results, threat)
-        axes[0, 0].legend(
-            ncols=len(KINDS), loc="lower right", bbox_to_anchor=(1, 1.0), handlelength=1, columnspacing=1.2
+@dataclass(frozen=True)
+class Ground:
+    """What a picture stands on: its colour, the colours of text, of grids and of what is less important."""
+
+    paper: str
+    ink: str
+    grid: str
+    faint: str
+
+    @property
+    def style(self) -> dict[str, str]:
+        """As matplotlib is told it."""
+        inked = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
+        return {"figure.facecolor": self.paper, "axes.facecolor": self.paper, "grid.color": self.grid} | dict.fromkeys(
+            inked, self.ink
         )
-        return _save(figure, results, out / "accuracy.png")
 
 
-def _bars(panel: Axes, results: Results, threat: str) -> None:
-    names = list(results.attacks[threat])
-    width = 0.8 / len(KINDS)
-    for offset, (kind, colour) in enumerate(KINDS.items()):
-        for position, name in enumerate(names):
-            cell = results.cell(threat, name, kind)
-            x = position + (offset - (len(KINDS) - 1) / 2) * width
-            if cell is None:
-                continue
-            n, share = len(cell["share"]), float(np.mean(cell["share"]))
-            low, high = wilson(share, n)
-            label = kind if position == 1 else None
-            panel.bar(x, 100 * share, 0.9 * width, color=colour, label=label, linewidth=0)
-            error = [[100 * (share - low)], [100 * (high - share)]]
-            panel.errorbar(x, 100 * share, error, color="#808080", linewidth=1.2, capsize=2)
-            if kind == "worst":
-                panel.text(x, 100 * high + 2, f"{100 * share:.0f}", ha="center", fontsize=9, fontweight="bold")
-            if kind == "white-box" and results.is_masked(threat, name):
-                panel.text(x - 0.45 * width, 100 * high + 2, "masked", fontsize=9, color=colour)
-    panel.set_xticks(range(len(names)), [_wrapped(results.title(name)) for name in names])
-    panel.tick_params(axis="x", length=0)
-    panel.set_ylim(0, 112)
-    panel.set_yticks(range(0, 101, 25))
-    panel.grid(axis="y", color="#E6E6E6", linewidth=0.8)
-    panel.set_ylabel("accuracy, %")
-    panel.set_title(f"{threat}, {n} test images")
+LIGHT, DARK = Ground("#FFFFFF", "#1A1A1A", "#E6E6E6", "#767676"), Ground("#16181D", "#E8E8E8", "#33363D", "#9A9A9A")
 
 
-def _wrapped(title: str) -> str:
-    return title.replace(", ", ",\n").replace(" + ", "\n+ ").replace("gradient ", "gradient\n")
+@contextmanager
+def _picture(results: Results, path: Path, ground: Ground, rows: int, columns: int, size: tuple[float, float],
+             **shared: bool | str) -> Iterator[tuple[Figure, np.ndarray]]:  # fmt: skip
+    """Panels to draw on; what has been drawn is saved under a note that says what data it is, and all warnings."""
+    with plt.rc_context(STYLE | ground.style):
+        figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, **shared)
+        try:
+            yield figure, axes.ravel()
+            note = "; ".join([results.data, *results.warnings])
+            figure.text(0.995, 0.003, note, fontsize=8, color=ground.faint, ha="right", va="bottom")
+            figure.get_layout_engine().set(rect=(0, 0.17 / size[1], 1, 1 - 0.17 / size[1]))
+            figure.savefig(path, dpi=160, metadata={"Software": None})
+        finally:
+            plt.close(figure)
 
 
-def spectra_figure(results: Results, out: Path) -> Path:
-    """Histogram of the real parts of the eigenvalues, one row per field over one axis."""
-    fields = results.spectra.result
-    values = [value for field in fields.values() for value in field["real_parts"]]
-    edges = _bins(min(values), max(values))
-    with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(len(fields), 1, figsize=(7.6, 1.3 * len(fields) + 0.9), sharex=True, sharey=True)
-        for panel, colour, (name, field) in zip(np.atleast_1d(axes), LINES, fields.items(), strict=False):
-            title = name if name == "untrained" else results.title(name)
+def bars_figure(results: Results, out: Path, ground: Ground = LIGHT) -> Path:
+    """The worst case of every model as a bar with its interval, and each group's as a mark: one panel per threat."""
+    threats, names, groups = results.named("threat"), results.named("model"), results.named("group")
+    columns = len(threats) if len(threats) <= 3 else -(-len(threats) // 2)
+    rows = -(-len(threats) // columns)
+    size = (9.0, rows * (0.42 * len(names) + 0.75) + 0.55)
+    path = _path(out, "accuracy", ground)
+    with _picture(results, path, ground, rows, columns, size, sharex=True, sharey=True) as (figure, panels):
+        marks = {"clean": ("|", ground.faint)} | {
+            group: (MARKERS[i % 7], COLOURS[i % 7]) for i, group in enumerate(groups)
+        }
+        for panel, threat in zip(panels, threats, strict=False):
+            for position, name in enumerate(names):
+                _bar(panel, results, threat, name, position, ground)
+                _marks(panel, results, threat, name, position, marks)
+            panel.set_title(threat)
+            panel.set_xlabel("accuracy, %")
+            panel.set_xlim(0, 119)
+            panel.set_xticks(range(0, 101, 25))
+            panel.grid(axis="x", linewidth=0.8)
+            panel.tick_params(axis="y", length=0)
+        for panel in panels[len(threats) :]:
+            panel.set_axis_off()
+        panels[0].set_yticks(range(len(names)), [results.called(name) for name in names])
+        panels[0].set_ylim(len(names) - 0.4, -0.6)
+        handles = [plt.Line2D([], [], color=c, marker=m, linestyle="", label=label) for label, (m, c) in marks.items()]
+        bar = plt.Rectangle((0, 0), 1, 1, color=ground.ink, alpha=0.85, label="worst of everything")
+        figure.legend(handles=[bar, *handles], ncols=len(handles) + 1, loc="outside upper right", handlelength=1,
+                      columnspacing=1.1, handletextpad=0.4, fontsize=9)  # fmt: skip
+    return path
+
+
+def _bar(panel: Axes, results: Results, threat: str, name: str, position: int, ground: Ground) -> None:
+    found = [scores for seed in results.shown(threat, name) if (scores := results.worst(threat, name, seed=seed))]
+    if not found:
+        why = results.missing("train", name) or results.missing("attack", name, 0, threat, WHITE_BOX) or "not run"
+        panel.text(2, position, why.split(":")[0], color=ground.faint, va="center", fontsize=9, style="italic")
+        return
+    share, n = mean(scores.mean for scores in found), min(map(len, found))
+    low, high = wilson(share, n)
+    panel.barh(position, 100 * share, 0.5, color=ground.ink, alpha=0.85, linewidth=0)
+    error = [[100 * (share - low)], [100 * (high - share)]]
+    panel.errorbar(100 * share, position, xerr=error, color=ground.faint, linewidth=1.4, capsize=2.5)
+    label = f"{100 * share:.0f}" + ("*" if results.lacks(threat, name, results.shown(threat, name)[0]) else "")
+    panel.text(118, position, label, ha="right", va="center", fontweight="bold")
+    if results.is_masked(threat, name):
+        panel.text(118, position + 0.45, "masked", ha="right", va="center", fontsize=8, color=COLOURS[3])
+
+
+def _marks(
+    panel: Axes, results: Results, threat: str, name: str, position: int, marks: dict[str, tuple[str, str]]
+) -> None:
+    for label, (marker, colour) in marks.items():
+        seeds = results.shown(threat, name)
+        found = [
+            results.clean(name, seed) if label == "clean" else results.worst(threat, name, [label], seed)
+            for seed in seeds
+        ]
+        if there := [scores.mean for scores in found if scores]:
+            size, width = (11, 2) if marker == "|" else (5, 0.6)
+            panel.plot(100 * mean(there), position, marker, color=colour, markersize=size, markeredgewidth=width,
+                       markeredgecolor=colour if marker == "|" else panel.get_facecolor(),
+                       clip_on=False, zorder=4)  # fmt: skip
+
+
+def curves(results: Results) -> dict[str, dict[str, list[tuple[float, float]]]]:
+    """By norm and model: the accuracy, in percent, at every radius of the probes, from clean onwards."""
+    found: dict[str, dict[str, list[tuple[float, float]]]] = {}
+    for name, row, n in _probes(results, "radius"):
+        norm, eps = row["threat"].split()
+        clean = results.clean(name)
+        start = [(0.0, 100 * clean.first(n).mean)] if clean else []
+        found.setdefault(norm, {}).setdefault(name, start).append((float(eps), 100 * Scores.unpack(row).mean))
+    return {norm: {name: sorted(points) for name, points in lines.items()} for norm, lines in found.items()}
+
+
+def plateaus(results: Results) -> dict[str, dict[str, list[tuple[float, float]]]]:
+    """By threat and model: the accuracy, in percent, after every number of steps of PGD."""
+    found: dict[str, dict[str, list[tuple[float, float]]]] = {}
+    for name, row, _ in _probes(results, "steps"):
+        steps = float(row["attack"].removeprefix("PGD-").split()[0])
+        found.setdefault(row["threat"], {}).setdefault(name, []).append((steps, 100 * Scores.unpack(row).mean))
+    return {threat: {name: sorted(points) for name, points in lines.items()} for threat, lines in found.items()}
+
+
+def _probes(results: Results, kind: str) -> Iterator[tuple[str, dict[str, str], int]]:
+    for name in results.named("model"):
+        record = results.record("probe", name)
+        for row in record.result["probes"] if record else ():
+            if row["probe"] == kind:
+                yield name, row, record.result["n"] if record else 0
+
+
+def radii_figure(results: Results, out: Path, ground: Ground = LIGHT) -> Path | None:
+    """Accuracy against the radius of the attack, one panel per norm; None before the first probe."""
+    found = curves(results)
+    return _lines(results, _path(out, "radii", ground), ground, found, "largest change, {}") if found else None
+
+
+def steps_figure(results: Results, out: Path, ground: Ground = LIGHT) -> Path | None:
+    """Accuracy against the number of PGD's steps; None before the first probe."""
+    found = plateaus(results)
+    return _lines(results, _path(out, "steps", ground), ground, found, "steps of PGD, {}", True) if found else None
+
+
+def _lines(
+    results: Results, path: Path, ground: Ground, found: dict[str, dict[str, list[tuple[float, float]]]], label: str,
+    logarithmic: bool = False,
+) -> Path:  # fmt: skip
+    with _picture(results, path, ground, 1, len(found), (9.0, 3.5), sharey=True) as (figure, panels):
+        names = results.named("model")
+        for panel, (what, lines) in zip(panels, found.items(), strict=True):
+            for name, points in lines.items():
+                i = names.index(name)
+                panel.plot(*zip(*points, strict=True), color=COLOURS[i % 7], linestyle=DASHES[i // 7 % 3],
+                           marker=MARKERS[i % 7], markersize=4.5, linewidth=1.6,
+                           label=results.called(name))  # fmt: skip
+            panel.set_xlabel(label.format(what))
+            panel.grid(linewidth=0.8)
+            panel.set_ylim(-3, 103)
+            if logarithmic:
+                ticks = sorted({steps for points in lines.values() for steps, _ in points})
+                panel.set_xscale("log")
+                panel.set_xticks(ticks, [f"{steps:g}" for steps in ticks])
+                panel.minorticks_off()
+            else:
+                panel.set_xlim(left=0)
+        panels[0].set_ylabel("accuracy, %")
+        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper", fontsize=9)
+    return path
+
+
+def spectra_figure(results: Results, out: Path, ground: Ground = LIGHT) -> Path | None:
+    """Histogram of the real parts of the eigenvalues, one row per field over one axis; None before the first record."""
+    found = fields(results)
+    if not found:
+        return None
+    values = [value for field in found.values() for value in field["real_parts"]]
+    edges, path = _bins(min(values), max(values)), _path(out, "spectra", ground)
+    size, names = (8.6, 1.25 * len(found) + 0.9), results.named("model")
+    with _picture(results, path, ground, len(found), 1, size, sharex=True, sharey=True) as (figure, panels):
+        for panel, (title, field) in zip(panels, found.items(), strict=True):
             share = np.full(len(field["real_parts"]), 100 / len(field["real_parts"]))
+            colour = ground.faint if title == "untrained" else COLOURS[names.index(title.split()[0]) % 7]
             panel.hist(field["real_parts"], bins=edges, weights=share, color=colour)
-            panel.axvline(0, color="#1A1A1A", linewidth=1, linestyle=":")
+            panel.axvline(0, color=ground.ink, linewidth=1, linestyle=":")
             panel.set_title(title)
             note = f"{100 * field['unstable']:.1f} % above 0, mean {field['mean']:z.2f}"
-            panel.set_title(note, loc="right", fontsize=9, color="#444444")
-            panel.grid(axis="y", color="#E6E6E6", linewidth=0.8)
+            panel.set_title(note, loc="right", fontsize=9, color=ground.faint)
+            panel.grid(axis="y", linewidth=0.8)
         figure.supylabel("share of eigenvalues, %", fontsize=10)
-        axes[-1].set_xlabel(f"real part of an eigenvalue of the field's Jacobian ({field['points']} training points)")
-        return _save(figure, results, out / "spectra.png")
+        panels[-1].set_xlabel(f"real part of an eigenvalue of the field's Jacobian ({field['points']} training points)")
+    return path
 
 
 def _bins(low: float, high: float, count: int = 80) -> np.ndarray:
     """Equal bins with an edge at 0, so that no bin mixes the two signs."""
-    width = (high - low) / count
+    width = max(high - low, 1e-6) / count
     return width * np.arange(np.floor(low / width), np.ceil(high / width) + 1)
 
 
-def _save(figure: Figure, results: Results, path: Path) -> Path:
-    note = "; ".join([results.run["data"], *results.warnings])
-    figure.supxlabel(note, fontsize=8, color="#888888", x=0.99, ha="right")
-    figure.savefig(path, dpi=160)
-    plt.close(figure)
+def cost_figure(results: Results, out: Path, ground: Ground = LIGHT) -> Path | None:
+    """Seconds of training, those of the models a model started from included; None before the first training."""
+    names = [name for name in results.named("model") if results.seeds(name)]
+    if not names:
+        return None
+    path = _path(out, "cost", ground)
+    with _picture(results, path, ground, 1, 1, (8.6, 0.38 * len(names) + 1.0)) as (_, (panel,)):
+        for position, name in enumerate(names):
+            own, before = seconds(results, name), sum(seconds(results, other) for other in ancestors(results, name))
+            panel.barh(
+                position,
+                before,
+                0.6,
+                color=ground.faint,
+                alpha=0.45,
+                label="the models it starts from" * (not position),
+            )
+            panel.barh(position, own, 0.6, left=before, color=COLOURS[0], label="its own training" * (not position))
+            panel.text(before + own, position, f" {before + own:,.3g} s", va="center", fontsize=9)
+        panel.set_yticks(range(len(names)), [results.called(name) for name in names])
+        panel.set_ylim(len(names) - 0.4, -0.6)
+        panel.margins(x=0.1)
+        panel.tick_params(axis="y", length=0)
+        panel.grid(axis="x", linewidth=0.8)
+        panel.set_xlabel("seconds of training, mean over seeds")
+        panel.legend(loc="upper right", fontsize=9)
     return path
+
+
+def seconds(results: Results, name: str) -> float:
+    """How long a model was trained itself, the mean over its seeds."""
+    found: Sequence[float] = [record["seconds"] for (n, *_), record in results.found("train") if n == name]
+    return mean(found) if found else 0.0
+
+
+def ancestors(results: Results, name: str) -> list[str]:
+    """The models that a model goes back to, the nearest first."""
+    model = results.model(name)
+    start = model and model["start"]
+    return [start, *ancestors(results, start)] if start else []
+
+
+def _path(out: Path, name: str, ground: Ground) -> Path:
+    return out / f"{name}{'-dark' if ground == DARK else ''}.png"

@@ -2,63 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
+import math
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import relu
+from torch.nn.functional import pad
 
-from odelayers import Dopri5, DropoutSDEBlock, EulerMaruyama, ODEBlock, SineField, simplex_head
+from odelayers import (
+    Adjoint,
+    AugmentedODEBlock,
+    Backprop,
+    Dopri5,
+    DropoutSDEBlock,
+    EulerMaruyama,
+    ODEBlock,
+    Reversible,
+    ReversibleHeun,
+    SineField,
+    SkewSymmetric,
+    Solution,
+    StratonovichHeun,
+    simplex_head,
+)
 
-__all__ = ["Block", "Classifier", "Features", "attacked", "surrogate"]
+from .features import DIM, EXTRACTORS, Features
 
-DIM = 64
+__all__ = ["Block", "Classifier", "Features", "RandomTimeODEBlock", "attacked", "surrogate"]
+
 CLASSES = 10
-IDENTITY = "identity"
-
-
-class Residual(nn.Module):
-    """Two 3x3 convolutions beside a 1x1 shortcut; halves the image."""
-
-    def __init__(self, inputs: int, outputs: int) -> None:
-        super().__init__()
-        self.main = nn.Sequential(
-            nn.Conv2d(inputs, outputs, 3, stride=2, padding=1, bias=False),
-            nn.BatchNorm2d(outputs),
-            nn.ReLU(inplace=True),
-            nn.Conv2d(outputs, outputs, 3, padding=1, bias=False),
-            nn.BatchNorm2d(outputs),
-        )
-        self.shortcut = nn.Conv2d(inputs, outputs, 1, stride=2, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map (B, inputs, H, W) to (B, outputs, H/2, W/2)."""
-        return relu(self.main(x) + self.shortcut(x))
-
-
-class Features(nn.Sequential):
-    """An 8-layer ResNet from images (B, 1, 28, 28) to states (B, 64) in (-1, 1)."""
-
-    def __init__(self, widths: tuple[int, int, int]) -> None:
-        first, second, third = widths
-        super().__init__(
-            nn.Conv2d(1, first, 3, padding=1, bias=False),
-            nn.BatchNorm2d(first),
-            nn.ReLU(inplace=True),
-            Residual(first, first),
-            Residual(first, second),
-            Residual(second, third),
-            nn.AdaptiveAvgPool2d(2),
-            nn.Flatten(),
-            nn.Linear(4 * third, DIM),
-            nn.Tanh(),
-        )
-        self.to(memory_format=torch.channels_last)  # a quarter faster on a CPU
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map images (B, 1, 28, 28) to states (B, 64)."""
-        return super().forward(x.contiguous(memory_format=torch.channels_last))
+IDENTITY, ADJOINT = "identity", "adjoint"
+ANY_DRIFT = Adjoint(max_drift=1e30)  # an attack may follow a wrong gradient: what it finds is judged on the model
 
 
 class Staircase(nn.Module):
@@ -73,11 +50,48 @@ class Staircase(nn.Module):
         return torch.round(z / self.step) * self.step
 
 
+class RandomTimeODEBlock(ODEBlock):
+    """An `ODEBlock` that ends at the random time t1 + sigma W_T, T = t1 - t0 and sigma = sqrt(layer_time p / (1 - p)).
+
+    That is dropout's noise shared by all coordinates, in Stratonovich's reading: dz = f o (dt + sigma dW). In training
+    one end time serves the batch; in evaluation, with `noise_in_eval`, each row draws its own.
+    """
+
+    def __init__(
+        self, f: nn.Module, p: float, *, layer_time: float = 1.0, noise_in_eval: bool = True, **options: Any
+    ) -> None:
+        super().__init__(f, **options)
+        self.sigma = math.sqrt(layer_time * p / (1 - p))
+        self.noise_in_eval = noise_in_eval
+
+    def solve(self, z: Tensor, ts: Any = None, *, t1: Any = None, generator: Any = None, **options: Any) -> Solution:
+        """As `ODEBlock.solve`, with the end time drawn where neither `ts` nor `t1` gives one."""
+        if ts is None and t1 is None and self.sigma and (self.training or self.noise_in_eval):
+            draws = torch.randn(() if self.training else len(z), generator=generator, device=z.device, dtype=z.dtype)
+            t1 = self.t1 + self.sigma * math.sqrt(self.t1 - self.t0) * draws
+        return super().solve(z, ts, t1=t1, generator=generator, **options)
+
+
+# How an SDE is read and stepped. The paper's pair is the last: see `ReversibleHeun` on where it does not hold.
+METHODS: dict[str, tuple[str, Callable[[int], Any], Any]] = {
+    "euler_maruyama": ("ito", EulerMaruyama, Backprop()),
+    "heun": ("stratonovich", StratonovichHeun, Backprop()),
+    "reversible_heun": ("stratonovich", ReversibleHeun, Reversible()),
+}
+FIELDS: dict[str, Callable[[int], nn.Module]] = {
+    "sine": SineField,
+    "skew": lambda dim: SkewSymmetric(dim, damping=0.1),
+}
+SOLVED = ("ode", "sde", "random_time")
+
+
 @dataclass(frozen=True)
 class Block:
     """What stands between features and head, as data.
 
-    `kind` is "none", "ode" (adaptive), "sde" (dropout noise with drop probability `p`, fixed steps) or "staircase".
+    `kind` is "none", "ode" (adaptive, on `extra` more coordinates), "sde" (dropout noise with drop probability `p`, in
+    fixed steps by `method`), "random_time" (the same noise on the end time alone) or "staircase". `noise_at_test` says
+    whether noise stays on in evaluation.
     """
 
     kind: str
@@ -86,57 +100,126 @@ class Block:
     steps: int = 20
     p: float = 0.0
     staircase: float = 0.1
+    field: str = "sine"
+    extra: int = 0
+    method: str = "euler_maruyama"
+    layer_time: float = 1.0
+    noise_at_test: bool = True
+
+    def __post_init__(self) -> None:
+        for name, table in (("kind", BUILDERS), ("field", FIELDS), ("method", METHODS)):
+            _one_of(f"Block.{name}", getattr(self, name), table)
 
     def build(self) -> nn.Module:
-        """The block itself, with fresh weights.
-
-        Raises:
-            ValueError: `kind` is unknown.
-        """
-        if self.kind not in BUILDERS:
-            raise ValueError(f"Block.kind: expected one of {', '.join(map(repr, BUILDERS))}, got {self.kind!r}")
+        """The block itself, with fresh weights."""
         return BUILDERS[self.kind](self)
+
+    @property
+    def noisy(self) -> bool:
+        """Whether two evaluations differ."""
+        return self.kind in ("sde", "random_time") and self.p > 0 and self.noise_at_test
+
+
+def _ode(spec: Block) -> nn.Module:
+    f, solver = FIELDS[spec.field](DIM + spec.extra), Dopri5(rtol=spec.tolerance, atol=spec.tolerance)
+    if spec.extra:
+        return AugmentedODEBlock(f, spec.extra, keep=False, t1=spec.t1, solver=solver)
+    return ODEBlock(f, t1=spec.t1, solver=solver)
 
 
 def _sde(spec: Block) -> nn.Module:
-    solver = EulerMaruyama(steps=spec.steps)
-    return DropoutSDEBlock(SineField(DIM), spec.p, t1=spec.t1, solver=solver, noise_in_eval=True)
+    calculus, solver, gradient = METHODS[spec.method]
+    return DropoutSDEBlock(
+        FIELDS[spec.field](DIM), spec.p, t1=spec.t1, solver=solver(spec.steps), calculus=calculus, gradient=gradient,
+        layer_time=spec.layer_time, noise_in_eval=spec.noise_at_test,
+    )  # fmt: skip
+
+
+def _random_time(spec: Block) -> nn.Module:
+    return RandomTimeODEBlock(
+        FIELDS[spec.field](DIM), spec.p, t1=spec.t1, solver=Dopri5(rtol=spec.tolerance, atol=spec.tolerance),
+        layer_time=spec.layer_time, noise_in_eval=spec.noise_at_test,
+    )  # fmt: skip
 
 
 BUILDERS: dict[str, Callable[[Block], nn.Module]] = {
     "none": lambda spec: nn.Identity(),
-    "ode": lambda spec: ODEBlock(SineField(DIM), t1=spec.t1, solver=Dopri5(rtol=spec.tolerance, atol=spec.tolerance)),
+    "ode": _ode,
     "sde": _sde,
+    "random_time": _random_time,
     "staircase": lambda spec: Staircase(spec.staircase),
+}
+HEADS: dict[str, Callable[[], nn.Module]] = {
+    "simplex": lambda: simplex_head(CLASSES, DIM),  # fixed: no optimiser moves it
+    "linear": lambda: nn.Linear(DIM, CLASSES),
 }
 
 
-class Classifier(nn.Module):
-    """head(block(features(x))); the head's class vectors are a fixed regular simplex."""
+def _one_of(where: str, value: str, table: Iterable[str]) -> None:
+    if value not in table:
+        raise ValueError(f"{where}: expected one of {', '.join(map(repr, table))}, got {value!r}")
 
-    def __init__(self, widths: tuple[int, int, int], block: Block) -> None:
+
+class Classifier(nn.Module):
+    """head(block(features(x))): the extractor `net` of these widths, the block, and a head, "simplex" or "linear".
+
+    Raises:
+        ValueError: `net` or `head` is unknown.
+    """
+
+    def __init__(self, widths: tuple[int, int, int], block: Block, head: str = "simplex", net: str = "resnet") -> None:
         super().__init__()
+        _one_of("Classifier: head", head, HEADS)
+        _one_of("Classifier: net", net, EXTRACTORS)
         self.spec = block
-        self.features = Features(widths)
+        self.features = EXTRACTORS[net](widths)
         self.block = block.build()
-        self.head = simplex_head(CLASSES, DIM)
+        self.head = HEADS[head]()
 
     @property
     def noisy(self) -> bool:
         """Whether two calls differ."""
-        return self.spec.kind == "sde" and self.spec.p > 0
+        return self.spec.noisy
 
     @property
     def routes(self) -> tuple[str | float, ...]:
-        """The ways around the block's own gradient: the identity, and for a solver a tenth of the end time."""
-        solves = self.spec.kind in ("ode", "sde")
-        return () if self.spec.kind == "none" else (IDENTITY, self.spec.t1 / 10) if solves else (IDENTITY,)
+        """The ways around the block's own gradient.
+
+        They are the identity, for a solver a tenth of the end time, and the adjoint where the solver has one.
+        """
+        if self.spec.kind not in SOLVED:
+            return () if self.spec.kind == "none" else (IDENTITY,)
+        return (IDENTITY, self.spec.t1 / 10, *([ADJOINT] if ANY_DRIFT.accepts(self.block.solver) else []))
 
     def end(self, z: Tensor, generator: torch.Generator | None = None, t1: float | None = None) -> Tensor:
         """The block's end state (B, 64) from `z`; noise comes from `generator`, and `t1` replaces the end time."""
-        if self.spec.kind in ("ode", "sde"):
+        if self.spec.kind in SOLVED:
             return self.block.solve(z, t1=t1, generator=generator).final
         return self.block(z)
+
+    def entering(self, z: Tensor) -> Tensor:
+        """The states that the block's field sees at the start: `z`, padded where the block is augmented."""
+        return pad(z, (0, self.spec.extra))
+
+    def start_from(self, state: Mapping[str, Tensor]) -> None:
+        """Take a trained model's weights as far as they are this one's: features always, block and head where they fit.
+
+        A block that the other lacks, or that has another shape, stays fresh, and so does a head of another kind.
+
+        Raises:
+            RuntimeError: the features do not fit.
+        """
+        own = self.state_dict()
+        for part in ("block.", "head."):
+            fits = {name: tensor.shape for name, tensor in own.items() if name.startswith(part)} == {
+                name: tensor.shape for name, tensor in state.items() if name.startswith(part)
+            }
+            if not fits:
+                state = {name: tensor for name, tensor in state.items() if not name.startswith(part)}
+        missing, unexpected = self.load_state_dict(dict(state), strict=False)
+        strange = [name for name in (*missing, *unexpected) if not name.startswith(("block.", "head."))]
+        if strange:
+            raise RuntimeError(f"Classifier.start_from: the features do not fit: {', '.join(strange)}")
 
     def forward(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Logits (B, 10) of images (B, 1, 28, 28)."""
@@ -156,13 +239,23 @@ def attacked(model: Classifier, draws: int, generator: torch.Generator) -> Calla
 def surrogate(
     model: Classifier, route: str | float, draws: int, generator: torch.Generator
 ) -> Callable[[Tensor], Tensor]:
-    """The same logits with another gradient: as if the block were the identity, or ended at time `route`."""
+    """The same logits with the adjoint's gradient, or as if the block were the identity or ended at time `route`.
+
+    Raises:
+        ValueError: the route is the adjoint, and the block's solver has none.
+    """
+    block = copy.copy(model.block)  # the same field and weights
+    if route == ADJOINT:
+        if not ANY_DRIFT.accepts(block.solver):
+            raise ValueError(f"surrogate: {block.solver!r} has no adjoint; take one of the routes {model.routes}")
+        block.gradient = ANY_DRIFT
 
     def logits(x: Tensor) -> Tensor:
         z = _draws(model, model.features(x), draws)
         with torch.no_grad():
             end = model.end(z, generator)
-        detour = z if route == IDENTITY else model.end(z, generator, t1=float(route))
+        t1 = None if route == ADJOINT else route
+        detour = z if route == IDENTITY else block.solve(z, t1=t1, generator=generator).final
         return _shaped(model, model.head(detour + (end - detour).detach()), len(x))
 
     return logits

@@ -4,35 +4,60 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from .attacks import Attack, Threat
+from .attacks import PGD, SPSA, AutoAttack, Method, SimBA, Square, Threat, Transfer
 from .models import Block
+from .recipes import Effort, Model, further
 from .training import Phase
 
-__all__ = ["PRESETS", "Model", "Preset", "Suite"]
+__all__ = ["PRESETS", "Group", "Model", "Preset", "Probe", "Suite"]
 
 NO_EVIDENCE = "a smoke run, not evidence"
 
 
 @dataclass(frozen=True)
-class Model:
-    """One row of the tables. Without phases it takes its weights unchanged from `start`."""
+class Group:
+    """Attacks that are run and recorded together on the first `images` test images (None: all of them).
+
+    `gradient` says where their gradients come from: the model's "own", "around" the block on each of its routes, or
+    "others", the models named in `sources`. `models` and `threats` name those that the group is for (None: all).
+    """
 
     name: str
-    title: str
-    block: Block
-    start: str | None = None
-    phases: tuple[Phase, ...] = ()
-    regularised: bool = False
+    attacks: tuple[Method, ...]
+    images: int | None = None
+    gradient: str = "own"
+    sources: tuple[str, ...] = ()
+    models: tuple[str, ...] | None = None
+    threats: tuple[str, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if self.gradient not in ("own", "around", "others"):
+            raise ValueError(f"Group.gradient: expected 'own', 'around' or 'others', got {self.gradient!r}")
+
+    def covers(self, model: Model, threat: Threat) -> bool:
+        """Whether this model is attacked so within this threat."""
+        named = (self.models is None or model.name in self.models) and model.name not in self.sources
+        around = self.gradient != "around" or model.block.kind != "none"
+        return named and around and (self.threats is None or str(threat) in self.threats)
+
+
+@dataclass(frozen=True)
+class Probe:
+    """How the attacks themselves are looked at, on the first `images` test images: radii by norm, numbers of steps."""
+
+    images: int
+    threat: Threat
+    radii: tuple[tuple[str, tuple[float, ...]], ...]
+    steps: tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class Suite:
-    """What every model is attacked with: `images` test images, each threat, white-box and through every bypass."""
+    """What the models are attacked with: each group within each threat."""
 
-    images: int
     threats: tuple[Threat, ...]
-    white_box: tuple[Attack, ...]
-    bypass: tuple[Attack, ...]
+    groups: tuple[Group, ...]
+    probe: Probe
     draws: int  # of the noise, per gradient (EOT)
     judging_draws: int  # of the noise, per verdict
 
@@ -46,14 +71,31 @@ class Preset:
     widths: tuple[int, int, int]
     models: tuple[Model, ...]
     suite: Suite
+    primary: tuple[str, str, Threat] = ("M4", "M5", Threat("l2", 0.5))  # compared as said in advance
     spectrum_points: int = 100
     train_images: int | None = None
     validation_images: int | None = None
     test_images: int | None = None
 
+    def __post_init__(self) -> None:
+        seeds: dict[str, int] = {}
+        for model in self.models:
+            if model.start is not None and seeds.get(model.start, 0) < model.seeds:
+                raise ValueError(
+                    f"preset {self.name}: {model.name} starts from {model.start} with {model.seeds} seeds, which comes "
+                    f"later or has {seeds.get(model.start, 0)}"
+                )
+            seeds[model.name] = model.seeds
 
-def _models(features: int, sodef: tuple[int, int, int], longer: int) -> tuple[Model, ...]:
-    """The models of the study; only the epochs of their training differ between presets.
+    def model(self, name: str) -> Model:
+        """The model of that name."""
+        return next(model for model in self.models if model.name == name)
+
+
+def _models(
+    features: int, sodef: tuple[int, int, int], longer: int, seeds: int = 1, others: int = 1
+) -> tuple[Model, ...]:
+    """The models of the study; only the epochs and the seeds of their training differ between presets.
 
     M3 follows the paper: integration to T = 10, Adam on batches of 128, the block, then the whole net, then the block;
     M1 is M3 without the regulariser. M4 and M5 differ in p alone: same solver, start, steps and order of samples.
@@ -66,11 +108,11 @@ def _models(features: int, sodef: tuple[int, int, int], longer: int) -> tuple[Mo
     rest = _phase("all", whole), _phase("block", again)
     more = (_phase("block", longer),)
     return (
-        Model("M0", "features + head", Block("none"), None, (_phase("all", features, 3e-3),)),
-        Model("M1", "plain ODE", ode, "M0", (_phase("block", block), *rest)),
-        Model("M3", "SODEF", ode, "M0", (_phase("block", block, 1e-2), *rest), regularised=True),
-        Model("M4", "SODEF_0.9", noise, "M3", more, regularised=True),
-        Model("M5", "SODEF, trained as long", quiet, "M3", more, regularised=True),
+        Model("M0", "features + head", Block("none"), None, (_phase("all", features, 3e-3),), seeds=max(seeds, others)),
+        Model("M1", "plain ODE", ode, "M0", (_phase("block", block), *rest), seeds=others),
+        Model("M3", "SODEF", ode, "M0", (_phase("block", block, 1e-2), *rest), regularised=True, seeds=seeds),
+        Model("M4", "SODEF_0.9", noise, "M3", more, regularised=True, seeds=seeds),
+        Model("M5", "SODEF, trained as long", quiet, "M3", more, regularised=True, seeds=seeds),
         Model("M13", "gradient masker", Block("staircase"), "M0"),
     )
 
@@ -80,21 +122,34 @@ def _phase(trains: str, epochs: int, lr: float = 1e-3) -> Phase:
 
 
 THREATS = (Threat("l2", 0.5), Threat("l2", 1.5), Threat("linf", 0.1))
+FGSM = PGD("ce", steps=1, rate=1.0, random_start=False)
+RADII = (("l2", (0.25, 0.5, 1.0, 1.5, 2.0, 3.0, 5.0)), ("linf", (0.02, 0.05, 0.1, 0.2, 0.3, 0.5)))
+
+
+def _groups(images: int | None, few: int, steps: int, restarts: int, queries: int) -> tuple[Group, ...]:
+    """White-box, bypass and transfer on `images`, black-box on the first `few`.
+
+    Steps of a quarter of the radius find more than short ones where many are taken, and less where few are.
+    """
+    pgd = (PGD("ce", steps, restarts), *(PGD(loss, steps, restarts, rate=steps / 4) for loss in ("margin", "dlr")))
+    black = (Square(queries), SPSA(steps=max(2, queries // 250)), SimBA(steps=queries // 2))
+    return (
+        Group("white-box", (FGSM, *pgd), images),
+        Group("bypass", (PGD("margin", steps, restarts),), images, "around"),
+        Group("transfer", (Transfer(PGD("margin", steps)),), images, "others", ("M0",)),
+        Group("black-box", black, few),
+    )
+
 
 QUICK = Preset(
     name="quick",
     warning=NO_EVIDENCE,
     widths=(16, 32, 128),
-    models=_models(
-        features=3,
-        sodef=(1, 1, 1),
-        longer=3,
-    ),
+    models=_models(features=3, sodef=(1, 1, 1), longer=3),
     suite=Suite(
-        images=400,
         threats=THREATS,
-        white_box=(Attack("ce", 40), Attack("margin", 40)),
-        bypass=(Attack("margin", 40),),
+        groups=_groups(images=400, few=50, steps=40, restarts=1, queries=200),
+        probe=Probe(100, THREATS[1], (("l2", (0.5, 1.5, 3.0)), ("linf", (0.05, 0.1, 0.3))), (40, 200)),
         draws=8,
         judging_draws=32,
     ),
@@ -103,16 +158,11 @@ QUICK = Preset(
 SMOKE = replace(
     QUICK,
     name="smoke",
-    models=_models(
-        features=2,
-        sodef=(1, 1, 1),
-        longer=1,
-    ),
+    models=_models(features=2, sodef=(1, 1, 1), longer=1),
     suite=Suite(
-        images=40,
         threats=THREATS[:2],
-        white_box=(Attack("ce", 5), Attack("margin", 5)),
-        bypass=(Attack("margin", 5),),
+        groups=_groups(images=40, few=10, steps=5, restarts=1, queries=20),
+        probe=Probe(20, THREATS[1], (("l2", (0.5, 3.0)),), (5, 10)),
         draws=2,
         judging_draws=8,
     ),
@@ -121,20 +171,25 @@ SMOKE = replace(
     test_images=1_000,
 )
 
+NATURAL, ROBUST = ("M0", "M3", "M5"), tuple(f"M12-{loss}-{name}" for loss in ("pgd", "trades") for name in ("M0", "M3"))
 FULL = replace(
     QUICK,
     name="full",
     warning=None,
-    models=_models(
-        features=25,
-        sodef=(10, 5, 10),
-        longer=20,
+    models=(
+        *_models(features=25, sodef=(10, 5, 10), longer=20, seeds=5, others=3),
+        *further(Effort(fresh=(10, 5, 10), longer=20, official=(25, 15, 5), adversarial=30)),
     ),
     suite=Suite(
-        images=10_000,
         threats=(*THREATS, Threat("linf", 0.3)),
-        white_box=(Attack("ce", 100, restarts=5), Attack("margin", 100, restarts=5)),
-        bypass=(Attack("ce", 100, restarts=2), Attack("margin", 100, restarts=2)),
+        groups=(
+            *_groups(images=None, few=1_000, steps=40, restarts=1, queries=2_000),
+            # The standard version is for what is deterministic, "rand" for what draws noise.
+            Group("AutoAttack", (AutoAttack("standard"),), 1_000, models=NATURAL, threats=("L2 0.5",)),
+            Group("AutoAttack, rand", (AutoAttack("rand"),), 1_000, models=("M4",), threats=("L2 0.5",)),
+            Group("AutoAttack, L-inf", (AutoAttack("standard"),), 1_000, models=ROBUST, threats=("L-inf 0.3",)),
+        ),
+        probe=Probe(1_000, THREATS[1], RADII, (40, 100, 1_000)),
         draws=16,
         judging_draws=64,
     ),

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_model
 
 import odelayers
 
@@ -48,45 +49,52 @@ class Records:
     record and computes again; nothing is reused silently and nothing is overwritten.
     """
 
-    def __init__(self, out: Path, stages: int, say: Callable[[str], None] = print) -> None:
+    def __init__(self, out: Path, stages: int | None = None, say: Callable[[str], None] = print) -> None:
         self.folder = out / "records"
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.stages, self.done, self._say = stages, 0, say
+        self.stages, self.done, self._say = stages, 0, say  # of so many stages each is told of when it is done
+        self.writes = True  # of several ranks that compute a stage together, one writes
 
-    def say(self, text: str) -> None:
-        """Report on the stage at hand, by its number."""
-        self._say(f"[{self.done + 1}/{self.stages}] {text}")
-
-    def stage(self, name: str, config: Mapping[str, Any], compute: Callable[[Path], dict[str, Any]]) -> Record:
+    def stage(
+        self,
+        name: str,
+        config: Mapping[str, Any],
+        compute: Callable[[], dict[str, Any]],
+        save: Callable[[Path], None] | None = None,
+    ) -> Record:
         """The record of a stage, read if it is there, else computed and written.
 
-        `compute` is given a path at which it may save weights; they belong to the record.
+        `save`, called when all is computed, keeps weights that belong to the record; where they are missing, the stage
+        is computed again.
         """
         config = json.loads(json.dumps(config, default=_plain))
         key = fingerprint({"format": FORMAT, "versions": _results_depend_on(), "config": config})
         path = self.folder / f"{name}-{key}.json"
-        if path.exists():
-            record = read(path)
-            self.say(f"{name}: already done ({record['seconds']:.1f} s then)")
-            self.done += 1
-            return record
-        if earlier := sorted(self.folder.glob(f"{name}-{'?' * len(key)}.json")):
-            self.say(f"{name}: {len(earlier)} record(s) of another configuration are left alone; computing this one")
+        weights = path.with_suffix(".safetensors")
+        if path.exists() and (save is None or weights.exists()):
+            return self._told(read(path), ": already done")
         started = time.perf_counter()
-        result = compute(path.with_suffix(".pt"))
+        result = compute()
         seconds = time.perf_counter() - started
         record = Record(
             stage=name, key=key, config=config, result=result, seconds=round(seconds, 3),
             finished=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), **provenance(),
         )  # fmt: skip
-        write(path, record)
-        self.say(f"{name}: {seconds:.1f} s")
+        if self.writes:
+            if save is not None:
+                save(weights)
+            write(path, record)
+        return self._told(record, "")
+
+    def _told(self, record: Record, note: str) -> Record:
         self.done += 1
+        if self.stages is not None:
+            self._say(f"[{self.done}/{self.stages}] {record['stage']}{note}: {record['seconds']:.1f} s")
         return record
 
     def weights(self, record: Record) -> Path:
         """Where the weights of a record lie."""
-        return (self.folder / record.file).with_suffix(".pt")
+        return (self.folder / record.file).with_suffix(".safetensors")
 
 
 def fingerprint(config: Mapping[str, Any]) -> str:
@@ -118,10 +126,10 @@ def write(path: Path, content: Mapping[str, Any]) -> None:
     os.replace(partial, path)
 
 
-def save_weights(path: Path, model: torch.nn.Module) -> None:
+def save_weights(model: torch.nn.Module, path: Path) -> None:
     """Save a model's state the same way."""
     partial = path.with_name(f"{path.name}.{os.getpid()}.part")
-    torch.save(model.state_dict(), partial)
+    save_model(model, str(partial))
     os.replace(partial, path)
 
 

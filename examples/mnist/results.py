@@ -1,79 +1,205 @@
-"""The records of a finished run, read together: what the report and its pictures are drawn from."""
+"""The records of a run, finished or not, read together: what the report and its pictures are drawn from."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from .evaluation import holm, mcnemar, wilson
 from .records import Record, read
+from .scores import Scores, holm, mcnemar, wilson, worst
 
-__all__ = ["SIGNIFICANT", "Results", "mean", "percent"]
+__all__ = ["KINDS", "NOT_PLANNED", "SIGNIFICANT", "WHITE_BOX", "Results", "mean", "percent"]
 
 SIGNIFICANT = 0.05
+WHITE_BOX = "white-box"
+NOT_PLANNED = "-"
+KINDS = ("train", "clean", "attack", "spectra", "probe")  # those that the report draws
 
 
 class Results:
-    """The records that `run.json` names."""
+    """The records that `run.json` names, by kind, model, seed, threat and group; None where there is none."""
 
     def __init__(self, out: Path) -> None:
         self.run = read(out / "run.json")
-        folder = out / "records"
-        self.train = {name: read(folder / file) for name, file in self.run["train"].items()}
-        self.clean = {name: read(folder / file) for name, file in self.run["clean"].items()}
-        self.attacks = {
-            threat: {name: read(folder / file) for name, file in files.items()}
-            for threat, files in self.run["attacks"].items()
+        self.cells = {_key(**cell): cell for cell in self.run["cells"]}
+        self._records = {
+            key: read(out / "records" / cell["file"]) for key, cell in self.cells.items() if cell["file"] is not None
         }
-        self.spectra = read(folder / self.run["spectra"])
-        self.masked = self._masked()
+        self._worst: dict[tuple[Any, ...], Scores | None] = {}  # of 10,000 samples it takes a while
+        self._masked: dict[tuple[str, str, str, int], float] | None = None
 
     @property
     def warnings(self) -> list[str]:
         """What must stand on every table and picture: the preset's warning, and that the data is not MNIST."""
-        return [text for text in (self.run["warning"], self.run["banner"] and "NOT MNIST") if text]
+        return [text for text in (self.run.get("warning"), self.run.get("banner") and "NOT MNIST") if text]
 
-    def title(self, name: str) -> str:
-        """What a model is called in tables."""
-        return self.train[name]["config"]["model"]["title"]
+    @property
+    def data(self) -> str:
+        """The name of the data set."""
+        trained = next((record for _, record in self.found("train")), None)
+        return self.run.get("data") or (trained["config"]["data"] if trained else "data unknown yet")
 
-    def cell(self, threat: str, name: str, kind: str) -> dict[str, Any] | None:
-        """Per-sample scores of a kind of attack ("clean", "white-box", "bypass", "worst"); None where none was run."""
-        return self.attacks[threat][name].result.get(kind)
+    @property
+    def primary(self) -> tuple[str, str, str]:
+        """The comparison that was said in advance: the noisy model, its control, and the threat."""
+        noise, control, threat = self.run["primary"]
+        return noise, control, threat
 
-    def is_masked(self, threat: str, name: str) -> bool:
-        """Whether a bypass breaks significantly more than the white-box attacks do."""
-        return self.masked.get((threat, name), 1.0) < SIGNIFICANT
+    def named(self, part: str) -> list[Any]:
+        """The models, seeds, threats or groups ("model", ...) of the plan, in its order; models by their number."""
+        found = dict.fromkeys(cell[part] for cell in self.run["cells"] if cell[part] is not None)
+        return sorted(found, key=_by_number) if part == "model" else list(found)
+
+    def record(
+        self, kind: str, model: str, seed: int = 0, threat: str | None = None, group: str | None = None
+    ) -> Record | None:
+        """One record that holds a result; None also where the training diverged."""
+        found = self._records.get((kind, model, seed, threat, group))
+        return None if found is None or "diverged" in found.result else found
 
     def records(self) -> Iterable[Record]:
         """Every record of the run."""
-        yield from self.train.values()
-        yield self.spectra
-        yield from self.clean.values()
-        for row in self.attacks.values():
-            yield from row.values()
+        return self._records.values()
 
-    def _masked(self) -> dict[tuple[str, str], float]:
-        """Holm-corrected p-value, per threat and model, of "the bypass leaves fewer samples right than white-box"."""
-        raw = {
-            (threat, name): mcnemar(
-                record.result["white-box"]["majority"], record.result["bypass"]["majority"], "greater"
-            )
-            for threat, row in self.attacks.items()
-            for name, record in row.items()
-            if "bypass" in record.result
-        }
-        return dict(zip(raw, holm(list(raw.values())), strict=True))
+    def found(self, kind: str) -> Iterator[tuple[tuple[str, int, str | None, str | None], Record]]:
+        """The records of one kind that hold a result, each with its model, seed, threat and group."""
+        for (k, *where), record in self._records.items():
+            if k == kind and "diverged" not in record.result:
+                yield tuple(where), record
+
+    def groups(self, threat: str) -> list[str]:
+        """The groups of attacks that are planned within a threat."""
+        return list(dict.fromkeys(c["group"] for c in self.run["cells"] if c["group"] and c["threat"] == threat))
+
+    def missing(
+        self, kind: str, model: str, seed: int = 0, threat: str | None = None, group: str | None = None
+    ) -> str | None:
+        """Why there is no result: "diverged: ...", "not run", or a dash where none was planned; None where there is."""
+        key = (kind, model, seed, threat, group)
+        cell, found = self.cells.get(key), self._records.get(key)
+        if cell is None:
+            return NOT_PLANNED
+        if found is not None:
+            return f"diverged: {found.result['diverged']}" if "diverged" in found.result else None
+        return "not run" if cell["lost"] is None else f"diverged: {cell['lost'].split('diverged: ', 1)[-1]}"
+
+    def unfinished(self) -> list[tuple[str, str]]:
+        """Every cell of the plan that has no result, by name, and why."""
+        named = ((" ".join(str(part) for part in key if part is not None), self.missing(*key)) for key in self.cells)
+        return [(name, why) for name, why in named if why]
+
+    def lost(self) -> list[str]:
+        """The trainings that diverged, each named, and why."""
+        own = [f"{key[0]}-{key[1]}-s{key[2]} {why}" for key in self._records if (why := self.missing(*key))]
+        return list(dict.fromkeys([*own, *(cell["lost"] for cell in self.run["cells"] if cell["lost"])]))
+
+    def kinds(self) -> list[str]:
+        """The kinds of records that there are."""
+        return list(dict.fromkeys(key[0] for key in self._records))
+
+    def title(self, name: str) -> str:
+        """What a model is called in tables."""
+        model = self.model(name)
+        return model["title"] if model else name
+
+    def called(self, name: str) -> str:
+        """A model's number and title."""
+        return " ".join(dict.fromkeys((name, self.title(name))))
+
+    def model(self, name: str) -> dict[str, Any] | None:
+        """How a model is built and trained, as its records say; None before its first training."""
+        found = (self._records.get(("train", name, seed, None, None)) for seed in self.named("seed"))
+        return next((record["config"]["model"] for record in found if record), None)
+
+    def seeds(self, name: str) -> list[int]:
+        """The seeds with which a model has been trained to its end."""
+        return [seed for seed in self.named("seed") if self.record("train", name, seed)]
+
+    def clean(self, name: str, seed: int = 0) -> Scores | None:
+        """The scores without an attack, on the whole test set."""
+        record = self.record("clean", name, seed)
+        return record and Scores.unpack(record.result["clean"])
+
+    def attacks(self, threat: str, name: str, group: str, seed: int = 0) -> dict[str, Scores]:
+        """The scores of each attack of a group; empty where it was not run."""
+        record = self.record("attack", name, seed, threat, group)
+        return {attack: Scores.unpack(packed) for attack, packed in record.result["attacks"].items()} if record else {}
+
+    def worst(self, threat: str, name: str, groups: Sequence[str] | None = None, seed: int = 0) -> Scores | None:
+        """The worst case of each sample over the attacks of these groups, by default of all; clean answers count."""
+        chosen = tuple(self.named("group") if groups is None else groups)
+        key = (threat, name, chosen, seed)
+        if key not in self._worst:
+            self._worst[key] = self._found_worst(*key)
+        return self._worst[key]
+
+    def _found_worst(self, threat: str, name: str, groups: tuple[str, ...], seed: int) -> Scores | None:
+        found = [scores for group in groups for scores in self.attacks(threat, name, group, seed).values()]
+        clean = self.clean(name, seed)
+        if not found or clean is None:
+            return None
+        return worst([*found, clean.first(max(map(len, found)))])
+
+    def lacks(self, threat: str, name: str, seed: int = 0) -> list[str]:
+        """What the worst case of everything still lacks: groups of attacks that were planned, or the clean scores."""
+        planned = [group for group in self.named("group") if ("attack", name, seed, threat, group) in self.cells]
+        lacking = [group for group in planned if self.missing("attack", name, seed, threat, group)]
+        return lacking + ["clean"] * (self.missing("clean", name, seed) is not None)
+
+    def shown(self, threat: str, name: str) -> list[int]:
+        """The seeds over which a row of a table is the mean: those that are complete, else the first of them begun."""
+        begun = [seed for seed in self.seeds(name) if self.worst(threat, name, seed=seed)]
+        return [seed for seed in begun if not self.lacks(threat, name, seed)] or begun[:1]
+
+    @property
+    def masked(self) -> dict[tuple[str, str, str, int], float]:
+        """Holm-corrected p-values of "white-box leaves samples right that these attacks break".
+
+        By threat, model, group and seed. Only the samples that the group was run on are compared.
+        """
+        if self._masked is None:
+            raw = {}
+            for (name, seed, threat, group), _ in self.found("attack"):
+                if threat is None or group is None or group == WHITE_BOX:
+                    continue
+                white, found = self.worst(threat, name, [WHITE_BOX], seed), self.attacks(threat, name, group, seed)
+                if white is not None and found:
+                    other = worst(list(found.values()))
+                    n = min(len(white), len(other))
+                    raw[threat, name, group, seed] = mcnemar(white.majority[:n], other.majority[:n], "greater")
+            self._masked = dict(zip(raw, holm(list(raw.values())), strict=True))
+        return self._masked
+
+    def is_masked(self, threat: str, name: str) -> dict[str, list[float]]:
+        """By group, the p-values of the seeds where it breaks significantly more than the model's own gradient does."""
+        found: dict[str, list[float]] = {}
+        for (t, n, group, _), p in self.masked.items():
+            if (t, n) == (threat, name) and p < SIGNIFICANT:
+                found.setdefault(group, []).append(p)
+        return found
+
+
+def _key(
+    kind: str, model: str, seed: int, threat: str | None, group: str | None, **_: Any
+) -> tuple[str, str, int, str | None, str | None]:
+    return kind, model, seed, threat, group
+
+
+def _by_number(name: str) -> list[tuple[int, float | str]]:
+    """M4 before M13, and M4_.75 before M4_.9."""
+    parts = re.findall(r"\d*\.\d+|\d+|[^\d]+", name)
+    return [(0, float(part)) if part[-1].isdigit() else (1, part) for part in parts]
+
+
+def mean(values: Iterable[float]) -> float:
+    """The mean of some numbers."""
+    each = list(values)
+    return sum(each) / len(each)
 
 
 def percent(share: float, n: int) -> str:
     """A share with its interval, in percent."""
     low, high = wilson(share, n)
     return f"{100 * share:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
-
-
-def mean(values: Iterable[float]) -> float:
-    """The mean of per-sample scores."""
-    values = list(values)
-    return sum(values) / len(values)

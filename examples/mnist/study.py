@@ -1,141 +1,140 @@
-"""The study from data to report: a chain of recorded stages."""
+"""The stages of the study: each cell of its plan is found recorded, or computed and recorded."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from safetensors.torch import load_file
 
 from odelayers import SineField
 
+from .cells import Cell, needs
 from .data import Dataset
-from .evaluation import attack_cell, clean_cell, spectrum_cell
+from .evaluation import attack_cell, clean_cell, judge, probe_cell, spectrum_cell
 from .models import DIM, Classifier
-from .presets import Model, Preset
-from .records import Record, Records, save_weights, write
-from .training import accuracy, states, train
+from .presets import Preset
+from .recipes import Model
+from .records import Record, Records, save_weights
+from .training import Diverged, states, train
 
-__all__ = ["run", "usable_device"]
+__all__ = ["Study"]
 
 
 class Study:
-    """One preset on one data set with one seed; every method is a stage that is found done or done now."""
+    """One preset on one data set; `do` is the one way to a cell's record."""
 
     def __init__(self, preset: Preset, data: Dataset, out: Path, seed: int, device: torch.device) -> None:
         cut = data.first(preset.train_images, preset.validation_images, preset.test_images)
         self.preset, self.seed, self.device = preset, seed, device
         self.data = cut.to(device)
-        models, threats = len(preset.models), len(preset.suite.threats)
-        self.records = Records(out, stages=models * (2 + threats) + 1)  # trained, clean, attacked; and the spectra
+        self.records = Records(out)
         sizes = [len(cut.train), len(cut.validation), len(cut.test)]
         machine = {"device": device.type, "threads": torch.get_num_threads()}  # both change the last digits
-        self.common = {"data": cut.name, "sizes": sizes, "seed": seed, "widths": preset.widths, **machine}
-        self.trained: dict[str, Record] = {}
+        self.common = {"data": cut.name, "sizes": sizes, "widths": preset.widths, **machine}
+        self.trained: dict[tuple[str, int], Record] = {}
 
-    def train(self, spec: Model) -> Record:
-        """Train one model from its start and keep its weights; every model sees the samples in the same order."""
-        start = self.trained[spec.start] if spec.start else None
+    def do(self, cell: Cell) -> Record:
+        """The record of a cell, computed if it is not there; so are the trainings that it needs."""
+        before = {(need.model, need.seed): self.do_training(need) for need in needs(self.preset, cell)}
+        if cell.kind == "train":
+            return self.do_training(cell)
+        config: dict[str, Any] = {"weights": before[cell.model, cell.seed].key, "seed": self.seed + cell.seed}
+        kind: Callable[[Cell, dict[str, Any]], Record] = getattr(self, f"_{cell.kind}")
+        return kind(cell, config)
 
-        def compute(weights: Path) -> dict[str, Any]:
-            torch.manual_seed(self.seed)  # the fresh weights
-            model = self.build(spec, start)
-            log = train(model, self.data, spec.phases, spec.regularised, self.seed, spec.name)
-            save_weights(weights, model)
-            noise = torch.Generator(self.device).manual_seed(self.seed)
-            reached = accuracy(model, self.data.validation, noise)
-            count = sum(p.numel() for p in model.parameters())
-            return {"epochs": log, "steps": sum(e["steps"] for e in log), "validation": reached, "parameters": count}
+    def do_training(self, cell: Cell) -> Record:
+        """Train a model from its start and keep its weights; every model sees the samples in the same order."""
+        if (cell.model, cell.seed) in self.trained:
+            return self.trained[cell.model, cell.seed]
+        spec, seed = self.preset.model(cell.model), self.seed + cell.seed
+        start = next((self.do_training(need) for need in needs(self.preset, cell)), None)
 
-        config = {**self.common, "model": asdict(spec), "start": start and start.key}
-        self.trained[spec.name] = self.records.stage(f"train-{spec.name}", config, compute)
-        return self.trained[spec.name]
+        config = {**self.common, "seed": seed, "model": asdict(spec), "start": start and start.key}
+        del config["model"]["seeds"]  # how many others there are says nothing of this one
+        torch.manual_seed(seed)  # the fresh weights
+        model = self.build(spec)
+        if start is not None:
+            model.start_from(self._weights(start))
+        compute = partial(self._train, model, spec, seed, cell.name)
+        self.trained[cell.model, cell.seed] = self.records.stage(
+            cell.name, config, compute, partial(save_weights, model)
+        )
+        return self.trained[cell.model, cell.seed]
 
-    def build(self, spec: Model, weights: Record | None) -> Classifier:
-        """The model with the weights of a record, as far as they go: a block that the record lacks stays fresh."""
-        model = Classifier(self.preset.widths, spec.block).to(self.device)
-        if weights:
-            state = torch.load(self.records.weights(weights), map_location=self.device, weights_only=True)
-            missing, unexpected = model.load_state_dict(state, strict=False)
-            strange = [name for name in (*missing, *unexpected) if not name.startswith("block.")]
-            if strange:
-                raise RuntimeError(f"{self.records.weights(weights)}: does not fit {spec.name}: {', '.join(strange)}")
-        return model
+    def _train(self, model: Classifier, spec: Model, seed: int, what: str) -> dict[str, Any]:
+        try:
+            log = train(model, self.data, spec.phases, spec.regularised, seed, what)
+        except Diverged as error:
+            return {"diverged": str(error), **error.outcome}
+        noise = torch.Generator(self.device).manual_seed(seed)
+        reached = judge(model, self.data.validation, 1, noise).mean
+        count = sum(p.numel() for p in model.parameters())
+        return {"epochs": log, "steps": sum(e["steps"] for e in log), "validation": reached, "parameters": count}
 
-    def load(self, spec: Model) -> Classifier:
+    def build(self, spec: Model) -> Classifier:
+        """The model with fresh weights."""
+        return Classifier(spec.widths or self.preset.widths, spec.block, spec.head, spec.net).to(self.device)
+
+    def _weights(self, record: Record) -> dict[str, torch.Tensor]:
+        return load_file(self.records.weights(record), device=str(self.device))
+
+    def load(self, name: str, seed: int) -> Classifier:
         """A trained model, for evaluation."""
-        return self.build(spec, self.trained[spec.name]).eval().requires_grad_(False)
+        model = self.build(self.preset.model(name))
+        model.load_state_dict(self._weights(self.trained[name, seed]))
+        return model.eval().requires_grad_(False)
 
-    def clean(self, spec: Model) -> Record:
-        """Score one model on the test set."""
-        config = {"weights": self.trained[spec.name].key, "draws": self.preset.suite.judging_draws, "seed": self.seed}
+    def _clean(self, cell: Cell, config: dict[str, Any]) -> Record:
+        config["draws"] = draws = self.preset.suite.judging_draws
         return self.records.stage(
-            f"clean-{spec.name}",
+            cell.name,
             config,
-            lambda _: clean_cell(self.load(spec), self.data.test, config["draws"], self.seed),
+            lambda: clean_cell(self.load(cell.model, cell.seed), self.data.test, draws, config["seed"]),
         )
 
-    def attack(self, spec: Model, number: int) -> Record:
-        """Attack one model within one threat, on the first test images."""
+    def _attack(self, cell: Cell, config: dict[str, Any]) -> Record:
+        suite, threat, group = self.preset.suite, cell.threat, cell.group
+        if threat is None or group is None:
+            raise ValueError(f"{cell.name}: an attack needs a threat and a group")
+        used = {key: value for key, value in asdict(group).items() if key not in ("models", "threats")}
+        config |= {"threat": asdict(threat), "group": used, "draws": suite.draws, "judging_draws": suite.judging_draws}
+        sources = [need for need in needs(self.preset, cell) if need.model != cell.model]
+        config["sources"] = [self.trained[need.model, need.seed].key for need in sources]
+        images = self.data.test.first(group.images)
+
+        def compute() -> dict[str, Any]:
+            others = {need.model: self.load(need.model, need.seed) for need in sources}
+            model = self.load(cell.model, cell.seed)
+            return attack_cell(model, images, threat, group, suite, others, config["seed"], cell.name)
+
+        return self.records.stage(cell.name, config, compute)
+
+    def _probe(self, cell: Cell, config: dict[str, Any]) -> Record:
         suite = self.preset.suite
-        threat = suite.threats[number]
-        used = {name: value for name, value in asdict(suite).items() if name != "threats"}
-        config = {"weights": self.trained[spec.name].key, "threat": asdict(threat), "suite": used, "seed": self.seed}
-        what = f"{spec.name} under {threat}"
-        images = self.data.test.first(suite.images)
-        name = f"attack-{spec.name}-{threat.norm}-{threat.eps:g}"
+        config |= {"probe": asdict(suite.probe), "draws": suite.draws, "judging_draws": suite.judging_draws}
+        images = self.data.test.first(suite.probe.images)
         return self.records.stage(
-            name, config, lambda _: attack_cell(self.load(spec), images, threat, suite, self.seed, what)
+            cell.name,
+            config,
+            lambda: probe_cell(self.load(cell.model, cell.seed), images, suite, config["seed"], cell.name),
         )
 
-    def spectra(self) -> Record:
-        """Eigenvalues at the same training points: untrained, and of every field that was regularised."""
-        specs = [spec for spec in self.preset.models if spec.regularised]
-        config = {"weights": [self.trained[spec.name].key for spec in specs], "points": self.preset.spectrum_points}
+    def _spectra(self, cell: Cell, config: dict[str, Any]) -> Record:
+        """Eigenvalues at the same training points: of the trained field, and of one untrained at its states."""
+        config["points"] = count = self.preset.spectrum_points
 
-        def compute(_: Path) -> dict[str, Any]:
-            choice = torch.Generator().manual_seed(self.seed)
-            points = torch.randperm(len(self.data.train), generator=choice)[: self.preset.spectrum_points]
-            images = self.data.train.images[points.to(self.device)]
-            torch.manual_seed(self.seed)
+        def compute() -> dict[str, Any]:
+            choice = torch.Generator().manual_seed(config["seed"])
+            points = torch.randperm(len(self.data.train), generator=choice)[:count]
+            model = self.load(cell.model, cell.seed)
+            z = states(model, self.data.train.images[points.to(self.device)])
+            torch.manual_seed(config["seed"])
             untrained = SineField(DIM).to(self.device)
-            fields: dict[str, tuple[nn.Module, torch.Tensor]] = {}
-            for spec in specs:
-                model = self.load(spec)
-                fields.setdefault("untrained", (untrained, states(model, images)))
-                fields[spec.name] = (model.block.f, states(model, images))
-            return spectrum_cell(fields)
+            return spectrum_cell([("untrained", untrained, z), ("trained", model.block.f, z)])
 
-        return self.records.stage("spectra", {**config, "seed": self.seed}, compute)
-
-
-def usable_device(name: str) -> torch.device:
-    """The torch device of that name.
-
-    Raises:
-        ValueError: torch does not know it or cannot use it here.
-    """
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:  # an AssertionError is what a torch without CUDA raises
-        raise ValueError(f"torch cannot use {name!r} here ({str(error).splitlines()[0]}); try cpu") from error
-
-
-def run(preset: Preset, data: Dataset, out: Path, seed: int, device: torch.device) -> Path:
-    """Do every stage that is not done, write `run.json`, and return its path; the test set comes last."""
-    study = Study(preset, data, out, seed, device)
-    models = preset.models
-    manifest: dict[str, Any] = {
-        "preset": preset.name, "warning": preset.warning, "data": data.name, "banner": data.banner, "seed": seed,
-        "train": {spec.name: study.train(spec).file for spec in models},
-        "spectra": study.spectra().file,
-        "clean": {spec.name: study.clean(spec).file for spec in models},
-        "attacks": {
-            str(threat): {spec.name: study.attack(spec, number).file for spec in models}
-            for number, threat in enumerate(preset.suite.threats)
-        },
-    }  # fmt: skip
-    write(out / "run.json", manifest)
-    return out / "run.json"
+        return self.records.stage(cell.name, config, compute)

@@ -1,65 +1,129 @@
-"""Training in phases: epochs over images (the whole net) or over cached features (the block alone)."""
+"""Training in phases: epochs over images, or over cached features (the block) or cached end states (the head)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from odelayers import LyapunovRegularizer
+from odelayers import GradientError, SolveError, count_nfe
 
+from .adversary import PGD, Adversary
 from .data import Dataset, Split
-from .models import Classifier
+from .models import SOLVED, Classifier
+from .objective import Objective
+from .parallel import Processes
+from .penalties import Constraints, Penalty
+from .phases import SGD, Adam, Phase
 from .progress import bar
 
-__all__ = ["Phase", "accuracy", "states", "train"]
+__all__ = ["SGD", "Adam", "Diverged", "Phase", "accuracy", "adversarial_accuracy", "states", "train"]
 
 EVALUATION_BATCH = 1000
+JUDGE = Adversary(PGD, steps=20, step=0.03, warm_up=0.0)  # of adversarial phases, on the first validation images
+JUDGED = 500
 
 
-@dataclass(frozen=True)
-class Phase:
-    """`epochs` of Adam over what is trained: "all", or the "block" alone on features computed once.
+class Diverged(RuntimeError):
+    """A training that cannot go on: the loss is no number, or a solve failed.
 
-    With `one_cycle` the learning rate rises to `lr` and falls to nearly 0 over the phase; else it is constant.
+    Attributes:
+        outcome: what a record keeps of it, ready for JSON: phase, what it trains, epoch, step of the phase, the last
+            loss (None where it is no number, or there was none), the reason, and the `log` of the epochs before.
     """
 
-    trains: str
-    epochs: int
-    lr: float = 1e-3
-    batch: int = 128
-    one_cycle: bool = False
-
-    def __post_init__(self) -> None:
-        if self.trains not in ("all", "block"):
-            raise ValueError(f"Phase.trains: expected 'all' or 'block', got {self.trains!r}")
+    def __init__(self, what: str, outcome: dict[str, Any]) -> None:
+        super().__init__(
+            f"{what}: training diverged in epoch {outcome['epoch']}, step {outcome['step']}: {outcome['reason']}"
+        )
+        self.outcome = outcome
 
 
 def train(
     model: Classifier, data: Dataset, phases: tuple[Phase, ...], regularised: bool, seed: int, what: str
 ) -> list[dict[str, Any]]:
-    """Train in place; returns one line per epoch: phase, steps, mean loss, the regulariser in it, validation accuracy.
+    """Train in place; returns one line per epoch.
 
-    Order, noise and the regulariser's rows are drawn apart, so that models which differ in the noise alone see the same
-    samples. The regulariser is added to the cross-entropy, at the states that enter the block, with SODEF's constants.
+    A line holds: phase, what it trains, epoch, steps, mean loss, the penalty in it, validation accuracy (of the
+    averaged weights where the phase averages), evaluations of the field in a step's forward and backward pass, and
+    seconds; in adversarial phases also those of the inner maximisation, and the accuracy under PGD-20 on the first 500
+    validation images. `regularised` adds SODEF's constraints to phases without a penalty of their own.
+
+    Order, noise and what penalties draw have generators of their own, so that models which differ in the noise alone
+    see the same samples. Under a process group the processes train together: see `Processes`.
+
+    Raises:
+        Diverged: the loss is no number, or a solve failed.
     """
     device = next(model.parameters()).device
-    order = torch.Generator().manual_seed(seed)
-    noise, rows = torch.Generator(device).manual_seed(seed), torch.Generator(device).manual_seed(seed)
-    regularizer = partial(LyapunovRegularizer.sodef_mnist(), generator=rows) if regularised else None
-    log = []
+    processes, order = Processes.now(), torch.Generator().manual_seed(seed)
+    processes.prepare(model, device)
+    draws = _Draws.seeded(seed + 1000 * processes.rank, device)
+    judging = torch.Generator(device)  # the same in all processes, and the same noise after every epoch
+    log: list[dict[str, Any]] = []
     for number, phase in enumerate(phases, 1):
-        learner = _Learner(model, phase, data.train, regularizer, noise)
-        for epoch in range(1, phase.epochs + 1):
-            losses = learner.epoch(order, f"{what}: phase {number}/{len(phases)}, epoch {epoch}/{phase.epochs}")
-            reached = accuracy(model, data.validation, noise)
-            log.append({"phase": number, "trains": phase.trains, "epoch": epoch, **losses, "validation": reached})
+        learner, epoch = None, 1
+        label = f"{what}: phase {number}/{len(phases)}"
+        try:
+            with _frozen_but(model, phase.trains):
+                penalty = phase.penalty or (Constraints() if regularised else None)
+                learner = _Learner(model, phase, penalty, data.train, draws, processes)
+                for epoch in range(1, phase.epochs + 1):
+                    line = learner.epoch(order, f"{label}, epoch {epoch}/{phase.epochs}")
+                    line |= _judged(learner.result, phase, data.validation, judging, seed)
+                    log.append({"phase": number, "trains": phase.trains, "epoch": epoch, **line})
+                learner.finish()
+        except (SolveError, GradientError, _NoNumber) as error:
+            loss = learner.loss if learner and math.isfinite(learner.loss) else None
+            at = {"phase": number, "trains": phase.trains, "epoch": epoch, "step": learner.done if learner else 0}
+            raise Diverged(label, {**at, "loss": loss, "reason": str(error), "log": log}) from error
     return log
+
+
+def _judged(model: Classifier, phase: Phase, data: Split, judging: torch.Generator, seed: int) -> dict[str, float]:
+    scores = {"validation": accuracy(model, data, judging.manual_seed(seed))}
+    if phase.adversary:
+        scores["adversarial"] = adversarial_accuracy(model, data, judging.manual_seed(seed))
+    return scores
+
+
+class _NoNumber(ArithmeticError):
+    """The loss is NaN or infinite."""
+
+
+@dataclass(frozen=True)
+class _Draws:
+    """Generators of their own for what is drawn in training."""
+
+    noise: torch.Generator
+    penalty: torch.Generator
+    attack: torch.Generator
+
+    @classmethod
+    def seeded(cls, seed: int, device: torch.device) -> _Draws:
+        return cls(*(torch.Generator(device).manual_seed(seed) for _ in range(3)))
+
+
+@contextmanager
+def _frozen_but(model: Classifier, trains: str) -> Iterator[None]:
+    """Only what is trained asks for gradients; what was frozen before stays so."""
+    trained = {"all": model, "block": model.block, "head": model.head}[trains]
+    kept = set(trained.parameters())
+    frozen = [p for p in model.parameters() if p.requires_grad and p not in kept]
+    for p in frozen:
+        p.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for p in frozen:
+            p.requires_grad_(True)
 
 
 class _Learner:
@@ -69,45 +133,123 @@ class _Learner:
         self,
         model: Classifier,
         phase: Phase,
+        penalty: Penalty | None,
         data: Split,
-        regularizer: Callable[..., Tensor] | None,
-        noise: torch.Generator,
+        draws: _Draws,
+        processes: Processes,
     ) -> None:
-        self.model, self.phase, self.regularizer, self.noise = model, phase, regularizer, noise
-        self.whole = phase.trains == "all"
-        self.inputs = data.images if self.whole else states(model, data.images)
-        self.labels = data.labels
-        trained = model if self.whole else model.block
-        weights = [p for p in trained.parameters() if p.requires_grad]
-        self.optimiser = torch.optim.Adam(weights, lr=phase.lr)
-        total = phase.epochs * -(-len(data) // phase.batch)
-        cycle = torch.optim.lr_scheduler.OneCycleLR(self.optimiser, phase.lr, total_steps=total + 1)
-        self.schedule = cycle if phase.one_cycle else torch.optim.lr_scheduler.ConstantLR(self.optimiser, factor=1.0)
+        self.model, self.phase, self.draws, self.processes = model, phase, draws, processes
+        self.inputs, self.labels = _entering(model, data, phase.trains), data.labels
+        self.objective = processes.wrap(
+            Objective(model, phase.trains, phase.cross_entropy, penalty, phase.adversary, draws.noise, draws.penalty)
+        )
+        weights = [p for p in model.parameters() if p.requires_grad]
+        if not weights:
+            raise ValueError(f"Phase.trains: there is nothing to train in {phase.trains!r}: all its weights are fixed")
+        self.optimiser = phase.optimiser.build(weights, phase.lr)
+        self.total = phase.epochs * -(-len(data) // phase.batch)
+        self.schedule = phase.schedule(self.optimiser, self.total)
+        decay = phase.average and get_ema_multi_avg_fn(phase.average)
+        self.averaged = AveragedModel(model, multi_avg_fn=decay, use_buffers=True) if decay else None
+        self.done, self.loss = 0, math.nan
+
+    @property
+    def result(self) -> Classifier:
+        """The model that the phase would leave behind now."""
+        return self.averaged.module if self.averaged else self.model
+
+    def finish(self) -> None:
+        """Leave the averaged weights behind, if there are any."""
+        if self.averaged:
+            self.model.load_state_dict(self.averaged.module.state_dict())
 
     def epoch(self, order: torch.Generator, what: str) -> dict[str, Any]:
-        self.model.train(self.whole)
-        self.model.block.train()
+        started, counts = time.perf_counter(), _Counts()
         batches = torch.randperm(len(self.labels), generator=order).to(self.labels.device).split(self.phase.batch)
         sums = torch.zeros(2, device=self.labels.device)
-        with bar(len(batches), what) as progress:
+        counter = count_nfe(self.model) if self.model.spec.kind in SOLVED else nullcontext(counts)
+        with bar(len(batches), what) as progress, counter as nfe:
             for rows in batches:
-                loss, penalty = self.step(self.inputs[rows], self.labels[rows])
-                sums += torch.stack([loss, penalty])
+                mine = self.processes.share(rows)
+                sums += self.step(mine, self.processes.weight(mine, rows), counts, nfe)
                 progress.update()
-        loss, penalty = (sums / len(batches)).tolist()
-        if not loss < float("inf"):
-            raise RuntimeError(f"{what}: the mean loss is {loss}: training diverged; lower the phase's lr")
-        return {"steps": len(batches), "loss": loss, "regulariser": penalty}
+        loss, penalty = self.processes.average(sums / len(batches)).tolist()
+        line = {"steps": len(batches), "loss": loss, "regulariser": penalty, **counts.per_step(len(batches))}
+        if not self.phase.adversary:
+            del line["nfe_attack"]
+        return line | {"seconds": round(time.perf_counter() - started, 3)}
 
-    def step(self, inputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        z = self.model.features(inputs) if self.whole else inputs
-        loss = cross_entropy(self.model.head(self.model.end(z, self.noise)), labels)
-        penalty = self.regularizer(self.model.block.f, z) if self.regularizer else torch.zeros_like(loss)
+    def step(self, rows: Tensor, weight: float, counts: _Counts, nfe: Any) -> Tensor:
+        """One step of the optimiser; the loss and the penalty in it, weighted for the mean over processes."""
+        inputs, labels, failed = self.inputs[rows], self.labels[rows], None
+        start = nfe.nfe
+        try:
+            adversarial = self._attacked(inputs, labels)
+            searched = nfe.nfe
+            self.model.train(self.phase.trains == "all")
+            self.model.block.train(self.phase.trains != "head")
+            loss, penalty = self.objective(inputs, labels, adversarial)
+            self.loss = loss.item()
+        except SolveError as error:
+            failed = error
+        if failed is None and not math.isfinite(self.loss):
+            failed = _NoNumber(f"the loss is {self.loss}; a lower lr may help")
+        if self.processes.any(failed is not None, self.labels.device):  # all stop, or the others would wait for ever
+            raise failed or _NoNumber("the solve or the loss of another process failed")
+        forwarded = nfe.nfe
         self.optimiser.zero_grad()
-        (loss + penalty).backward()
+        (weight * loss).backward()
         self.optimiser.step()
         self.schedule.step()
-        return (loss + penalty).detach(), penalty.detach()
+        if self.averaged:
+            self.averaged.update_parameters(self.model)
+        counts.add(searched - start, forwarded - searched, nfe.nfe - forwarded)
+        self.done += 1
+        return weight * torch.stack([loss, penalty]).detach()
+
+    def _attacked(self, images: Tensor, labels: Tensor) -> Tensor | None:
+        """The adversary's images; the model's batch statistics are those of training, not of what the search meets."""
+        adversary = self.phase.adversary
+        if adversary is None:
+            return None
+        self.model.eval()
+        share = adversary.share((self.done + 1) / self.total)
+        return adversary.find(self._answer, images, labels, self.draws.attack, share)
+
+    def _answer(self, images: Tensor) -> Tensor:
+        return self.model(images, self.draws.noise)
+
+
+@dataclass
+class _Counts:
+    """Evaluations of the field so far: in attacks, in forward and in backward passes."""
+
+    attack: int = 0
+    forward: int = 0
+    backward: int = 0
+    nfe: ClassVar[int] = 0  # what a model without a field has
+
+    def add(self, attack: int, forward: int, backward: int) -> None:
+        self.attack, self.forward, self.backward = (
+            self.attack + attack,
+            self.forward + forward,
+            self.backward + backward,
+        )
+
+    def per_step(self, steps: int) -> dict[str, float]:
+        return {
+            "nfe_forward": round(self.forward / steps, 2),
+            "nfe_backward": round(self.backward / steps, 2),
+            "nfe_attack": round(self.attack / steps, 2),
+        }
+
+
+def _entering(model: Classifier, data: Split, trains: str) -> Tensor:
+    """What enters the part that is trained; a head's inputs are end states, drawn once where there is noise."""
+    if trains == "all":
+        return data.images
+    z = states(model, data.images)
+    return z if trains == "block" else _ends(model, z, None)
 
 
 @torch.no_grad()
@@ -118,8 +260,22 @@ def states(model: Classifier, images: Tensor) -> Tensor:
 
 
 @torch.no_grad()
+def _ends(model: Classifier, z: Tensor, noise: torch.Generator | None) -> Tensor:
+    return torch.cat([model.end(part, noise) for part in z.split(EVALUATION_BATCH)])
+
+
+@torch.no_grad()
 def accuracy(model: Classifier, data: Split, noise: torch.Generator) -> float:
     """Share of samples classified rightly, one draw of the noise per sample."""
-    z = states(model, data.images)
-    ends = torch.cat([model.end(part, noise) for part in z.split(EVALUATION_BATCH)])
+    ends = _ends(model, states(model, data.images), noise)
     return (model.head(ends).argmax(1) == data.labels).float().mean().item()
+
+
+def adversarial_accuracy(
+    model: Classifier, data: Split, generator: torch.Generator, judge: Adversary = JUDGE, images: int = JUDGED
+) -> float:
+    """Accuracy on the first images under PGD-20 from a random start: a watch on training, not an evaluation."""
+    some = data.first(images)
+    model.eval()
+    found = judge.find(lambda x: model(x, generator), some.images, some.labels, generator)
+    return accuracy(model, Split(found, some.labels), generator)

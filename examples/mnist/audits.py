@@ -1,0 +1,151 @@
+"""The tables about models and attacks themselves: constraints, probes of the attacks, certificates and cost."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from .document import Cell, Table
+from .records import Record
+from .results import NOT_PLANNED, Results, mean
+from .scores import Scores
+from .tables import Sizes, model_cell, number, share_cell
+
+__all__ = ["certified_table", "constraints_table", "cost_table", "fields", "probes_table"]
+
+
+def fields(results: Results) -> dict[str, dict[str, Any]]:
+    """The stability of each field at the same points, first the untrained one; of every model its first seed."""
+    found: dict[str, dict[str, Any]] = {}
+    for name in results.named("model"):
+        record = results.record("spectra", name)
+        for label, field in record.result.items() if record else ():
+            title = results.called(name)
+            found.setdefault("untrained" if label == "untrained" else f"{title}{_stage(label)}", field)
+    return found
+
+
+def _stage(label: str) -> str:
+    return "" if label == "trained" else f", {label}"
+
+
+def constraints_table(results: Results) -> Table:
+    """T3: the share of points at which a field meets each constraint of the method, and how large it is there."""
+    found, sizes = fields(results), Sizes()
+    names = list(dict.fromkeys(name for field in found.values() for name in field["constraints"]))
+    rows = []
+    for title, field in found.items():
+        sizes.found.setdefault("points", set()).add(field["points"])
+        shares = [share_cell(field["constraints"][name], field["points"]) for name in names]
+        quantiles = [number(value, f"{value:.2g}") for value in field["residual"].values()]
+        unstable = number(field["unstable"], f"{100 * field['unstable']:.1f}")
+        rows.append([Cell(title), *shares, unstable, number(field["largest"], f"{field['largest']:.2f}"), *quantiles])
+    for name in results.named("model"):
+        why = results.missing("spectra", name)
+        if why and why != NOT_PLANNED:
+            rows.append([Cell(results.called(name)), *[Cell(why)] * (len(names) + 5)])
+    header = [
+        "field",
+        *names,
+        "eigenvalues > 0",
+        "largest real part",
+        *(f"|f|, {q}" for q in ("5 %", "median", "95 %")),
+    ]
+    caption = f"T3. Share of the points, in %, that meet each constraint; {sizes}"
+    return Table(caption, header, rows, results.warnings)
+
+
+def probes_table(results: Results) -> Table:
+    """How the attack itself behaves on each model: what would give a masked gradient or a weak attack away."""
+    names, sizes, rows = results.named("model"), Sizes(), []
+    records = [record for name in names if (record := results.record("probe", name))]
+    columns = list(dict.fromkeys(_probe(row) for record in records for row in _telling(record)))
+    for name in names:
+        record = results.record("probe", name)
+        if record is None:
+            rows.append([model_cell(results, name), *[Cell(results.missing("probe", name) or "")] * (2 + len(columns))])
+            continue
+        zero = [share_cell(share, record.result["n"]) for share in record.result["zero_gradients"].values()]
+        scores = {_probe(row): Scores.unpack(row) for row in _telling(record)}
+        cells = [sizes.score("every column", [scores.get(column)], NOT_PLANNED) for column in columns]
+        rows.append([model_cell(results, name), *zero, *cells])
+    caption = f"How the attacks behave: share of zero gradients, then accuracy in %; {sizes}"
+    header = ["model", "zero gradients, CE", "zero gradients, margin", *columns]
+    return Table(caption, header, rows, results.warnings)
+
+
+def _telling(record: Record) -> list[dict[str, Any]]:
+    """Of the radii the largest in each norm alone: the curves are in a figure."""
+    rows: Sequence[dict[str, Any]] = record.result["probes"]
+    radii: dict[str, dict[str, Any]] = {}
+    for row in rows:
+        norm, eps = row["threat"].split()
+        if row["probe"] == "radius" and (norm not in radii or float(eps) > float(radii[norm]["threat"].split()[1])):
+            radii[norm] = row
+    return [*radii.values(), *(row for row in rows if row["probe"] != "radius")]
+
+
+def _probe(row: dict[str, Any]) -> str:
+    what = "" if row["probe"] in ("radius", "steps") else f"{row['probe']}: "
+    return f"{what}{row['attack']}, {row['threat']}"
+
+
+def certified_table(results: Results) -> Table | None:
+    """Accuracy that no attack can take away, of the models whose records have a certificate."""
+    found = [
+        (name, seed, record.result)
+        for kind in results.kinds()
+        for (name, seed, _, _), record in results.found(kind)
+        if "certified" in record.result
+    ]
+    if not found:
+        return None
+    radii = list(dict.fromkeys(radius for *_, result in found for radius in result["certified"]))
+    rows, sizes = [], Sizes()
+    for name, seed, result in found:
+        n = result.get("n") or len(Scores.unpack(result["clean"]))
+        sizes.found.setdefault("images", set()).add(n)
+        shares = [result["certified"].get(radius) for radius in radii]
+        cells = [Cell(NOT_PLANNED) if share is None else share_cell(share, n) for share in shares]
+        rows.append([model_cell(results, name), number(seed), *cells])
+    header = ["model", "seed", *(f"L2 {float(radius):g}" for radius in radii)]
+    return Table(f"Certified accuracy in %; {sizes}", header, rows, results.warnings)
+
+
+def cost_table(results: Results) -> Table:
+    """What each model cost: parameters, training, one forward solve, and the attacks on it."""
+    rows = []
+    for name in results.named("model"):
+        trained = [record for (n, *_), record in results.found("train") if n == name]
+        if not trained:
+            rows.append([model_cell(results, name), *[Cell(results.missing("train", name) or "not run")] * 9])
+            continue
+        clean = [record.result for (n, *_), record in results.found("clean") if n == name]
+        attacks = [
+            attack
+            for (n, *_), record in results.found("attack")
+            if n == name
+            for attack in record.result["attacks"].values()
+        ]
+        result = trained[0].result
+        rows.append([
+            model_cell(results, name),
+            number(len(trained)),
+            number(result["parameters"], f"{result['parameters']:,}"),
+            number(result["steps"], f"{result['steps']:,}"),
+            _mean([record.result["validation"] for record in trained], "{:.2f}", 100),
+            _mean([record["seconds"] for record in trained], "{:,.1f}"),
+            _mean([record["nfe"] for record in clean], "{:g}"),
+            _mean([record["milliseconds_128"] for record in clean], "{:,.1f}"),
+            _mean([sum(attack["seconds"] for attack in attacks) / len(trained)] if attacks else [], "{:,.1f}"),
+            _mean([sum(attack["queries"] for attack in attacks) / len(trained)] if attacks else [], "{:,.0f}"),
+        ])  # fmt: skip
+    header = ["model", "seeds", "parameters", "steps", "validation, %", "training, s", "NFE forward"]
+    n = next((record["config"]["sizes"][1] for _, record in results.found("train")), 0)
+    caption = f"Cost of a seed: training, one forward solve, and all attacks; n = {n:,} validation images"
+    return Table(caption, [*header, "ms per 128", "attacks, s", "queries"], rows, results.warnings)
+
+
+def _mean(values: Sequence[float], form: str, factor: float = 1) -> Cell:
+    """The mean over seeds; "not run" where there is none."""
+    return number(mean(values), form.format(factor * mean(values))) if values else Cell("not run")

@@ -1,0 +1,160 @@
+"""What tables and pictures say, in sentences whose every number is computed from the records."""
+
+from __future__ import annotations
+
+from scipy.stats import wasserstein_distance
+
+from .audits import fields
+from .comparisons import RULE, Comparison
+from .figures import ancestors, curves, plateaus, seconds
+from .results import SIGNIFICANT, WHITE_BOX, Results, mean
+
+__all__ = ["accuracy", "answer", "cost", "masking", "probes", "radii", "spectra", "steps"]
+
+
+def answer(results: Results, found: Comparison) -> str:
+    """The answer to the question that was asked in advance, and what it rests on."""
+    noise, control = map(results.called, (found.first, found.second))
+    asked = f"Is {noise}, its noise on, more robust than {control}, in the worst case of each sample at {found.threat}?"
+    if not found.pairs:
+        return f"{asked} **Not answered yet** ({found.waiting}). {RULE}"
+    k, points, verdict = len(found.pairs), f"{100 * found.difference:+.1f} points", found.verdict()
+    short = {"better": "Yes: the noise helps.", "worse": "No: the noise harms."}.get(
+        verdict, "No difference can be claimed."
+    )
+    reason = {"not claimed: one seed": "McNemar's test is significant, but one seed says nothing of another training",
+              "not claimed: the seeds disagree": "McNemar's test is significant, but the seeds disagree",
+              "not claimed: McNemar is not significant": "the seeds agree, but McNemar's test is not significant",
+              "no difference": f"McNemar's test is not significant at the {SIGNIFICANT:.0%} level"}  # fmt: skip
+    because = f" ({reason[verdict]})" if verdict in reason else ""
+    warned = "".join(f" (*{text}*)" for text in results.warnings)
+    over = ""
+    if interval := found.interval:
+        over = f", 95 % t interval over {k} seeds [{100 * interval[0]:+.1f}, {100 * interval[1]:+.1f}]"
+    p = f"McNemar p = {found.p:.2g}" + (f" (smallest of {k} seeds, Holm-corrected)" if k > 1 else ", from one seed")
+    missing = f" Still missing: {found.waiting}." if found.waiting else ""
+    return f"{asked} **{short}**{warned}{because} The difference is {points}{over}; {p}.{missing} {RULE}"
+
+
+def accuracy(results: Results) -> str:
+    """The most robust model in the worst case of each threat, and who is masked."""
+    parts = []
+    for threat in results.named("threat"):
+        ranked = sorted(((_worst(results, threat, name) or -1, name) for name in results.named("model")), reverse=True)
+        share, name = ranked[0]
+        parts.append(f"{threat}: {results.called(name)}, {100 * share:.1f} %" if share >= 0 else f"{threat}: not run")
+    return (
+        f"Bars and bold numbers are the worst case of everything, with Wilson intervals; marks are the worst of each "
+        f"group alone; a star says that a planned group is missing. Highest in the worst case at "
+        f"{'; '.join(parts)}. {masking(results)}"
+    )
+
+
+def masking(results: Results) -> str:
+    """Which models only look robust, and by how much."""
+    parts = []
+    for name in results.named("model"):
+        drops = [
+            (white - worst, threat, white, worst, results.is_masked(threat, name))
+            for threat in results.named("threat")
+            if results.is_masked(threat, name)
+            and (white := _worst(results, threat, name, WHITE_BOX)) is not None
+            and (worst := _worst(results, threat, name)) is not None
+        ]
+        if drops:
+            _, threat, white, worst, groups = max(drops, key=lambda drop: drop[0])
+            fall = f"{100 * white:.0f} -> {100 * worst:.0f} % at {threat}"
+            parts.append(f"{results.called(name)} ({fall}, {' and '.join(groups)})")
+    if parts:
+        return f"**Masked**: what white-box attacks leave standing, others break, of {'; '.join(parts)}."
+    if results.masked:
+        return (
+            "No model is masked: no attack without the model's own gradient breaks significantly more than white-box."
+        )
+    return "Whether a model is masked is not known yet: no other group than white-box has been run."
+
+
+def _worst(results: Results, threat: str, name: str, *groups: str) -> float | None:
+    found = [results.worst(threat, name, groups or None, seed) for seed in results.shown(threat, name)]
+    there = [scores.mean for scores in found if scores]
+    return mean(there) if there else None
+
+
+def radii(results: Results) -> str:
+    """Whether the attack breaks everything at its largest radius, as it must."""
+    parts = []
+    for norm, lines in curves(results).items():
+        largest = max(points[-1][0] for points in lines.values())
+        left = {name: points[-1][1] for name, points in lines.items() if points[-1][1] > 0}
+        standing = ", ".join(f"{results.called(name)} {value:.1f} %" for name, value in left.items())
+        parts.append(f"at {norm} {largest:g} {'still stand: ' + standing if left else 'nothing stands'}")
+    return (
+        f"White-box PGD with growing radius: {'; '.join(parts)}. An attack that does not reach 0 % where any image can "
+        "be made any other is too weak, or its gradient is masked."
+    )
+
+
+def steps(results: Results) -> str:
+    """What more steps still break."""
+    parts = []
+    for threat, lines in plateaus(results).items():
+        drops = {name: points[0][1] - points[-1][1] for name, points in lines.items()}
+        few, many = (min(p[i][0] for p in lines.values()) for i in (0, -1))
+        name = max(drops, key=lambda n: drops[n])
+        parts.append(
+            f"from {few:g} to {many:g} steps at {threat} the accuracy falls most for {results.called(name)}, by "
+            f"{drops[name]:.1f} points"
+        )
+    return f"PGD with more steps: {'; '.join(parts)}."
+
+
+def spectra(results: Results) -> str:
+    """What training and noise did to the eigenvalues at the same points."""
+    found, (noise, control, _) = fields(results), results.primary
+    each = [
+        f"{title} {100 * field['unstable']:.1f} % (mean {field['mean']:z.2f}, largest {field['largest']:z.2f})"
+        for title, field in found.items()
+    ]
+    points = next(iter(found.values()))["points"]
+    text = (
+        f"Real parts of the eigenvalues of the field's Jacobian at the same {points} training points. "
+        f"Share above zero: {'; '.join(each)}."
+    )
+    start = (results.model(noise) or {}).get("start")
+    names = [results.called(name) for name in (start, control, noise) if name]
+    if len(names) < 3 or not set(names) <= set(found):
+        return text
+    before, longer, noisy = (found[name]["real_parts"] for name in names)
+    moved, by_noise = wasserstein_distance(before, longer), wasserstein_distance(noisy, longer)
+    size = found[names[2]]["residual"]["0.5"]
+    return (
+        f"{text} The longer training moved an eigenvalue by {moved:.2g} on average (Wasserstein distance of {control} "
+        f"from {start}), the noise by {by_noise:.2g} ({noise} from {control}). The noise is a multiple of the field, "
+        f"whose median size at these points is {size:.2g}."
+    )
+
+
+def probes(results: Results) -> str:
+    """Where the gradient is exactly zero."""
+    blind = []
+    for name in results.named("model"):
+        record = results.record("probe", name)
+        shares = record.result["zero_gradients"] if record else {}
+        if shares and max(shares.values()) > 0:
+            blind.append(f"{results.called(name)} ({max(shares.values()):.0%} of the images)")
+    return (
+        f"Gradients that are exactly zero: {', '.join(blind) or 'nowhere'}. With logits a hundred times smaller or "
+        "larger the cross-entropy's gradient may vanish in float32; the DLR loss does not depend on their scale."
+    )
+
+
+def cost(results: Results) -> str:
+    """Which training took longest."""
+    total = {name: seconds(results, name) for name in results.named("model") if results.seeds(name)}
+    for name in total:
+        total[name] += sum(seconds(results, other) for other in ancestors(results, name))
+    longest, shortest = (pick(total, key=lambda name: total[name]) for pick in (max, min))
+    return (
+        f"Training of one seed, with what came before it: from {total[shortest]:,.3g} s ({results.called(shortest)}) "
+        f"to {total[longest]:,.3g} s ({results.called(longest)})."
+    )

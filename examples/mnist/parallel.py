@@ -1,0 +1,92 @@
+"""One training by several processes, as torchrun starts them; without it there is one process, and nothing to do."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, distributed, nn
+from torch.nn.parallel import DistributedDataParallel
+
+__all__ = ["Processes", "joined"]
+
+
+@dataclass(frozen=True)
+class Processes:
+    """How many processes train together, and which of them this one is.
+
+    Each takes its share of every batch, and DistributedDataParallel averages the gradients. A process's mean over its
+    share counts as much as its rows (`weight`), so that the average is the mean over the whole batch, up to rounding.
+    What is drawn (noise, attacks' starts, rows at which Jacobians are taken) each process draws for its own rows.
+
+    Batch normalisation: on GPUs the layers are made `SyncBatchNorm`, whose statistics are the whole batch's. torch has
+    that for GPUs alone: on CPUs each process normalises by its own share, and the running statistics are the first
+    process's; gradients then differ from one process's unless the layers are in evaluation mode.
+    """
+
+    rank: int = 0
+    count: int = 1
+
+    @classmethod
+    def now(cls) -> Processes:
+        """Those of the process group, if there is one."""
+        if not (distributed.is_available() and distributed.is_initialized()):
+            return cls()
+        return cls(distributed.get_rank(), distributed.get_world_size())
+
+    def share(self, rows: Tensor) -> Tensor:
+        """This process's part of the rows of a batch.
+
+        Raises:
+            ValueError: there are fewer rows than processes.
+        """
+        if len(rows) < self.count:
+            raise ValueError(f"a batch of {len(rows)} cannot be shared by {self.count} processes; start fewer of them")
+        return rows.tensor_split(self.count)[self.rank]
+
+    def weight(self, mine: Tensor, all_rows: Tensor) -> float:
+        """What this process's mean counts for, so that the average over processes is the mean over all rows."""
+        return len(mine) * self.count / len(all_rows)
+
+    def average(self, values: Tensor) -> Tensor:
+        """The mean over processes."""
+        if self.count > 1:
+            values = values.clone()
+            distributed.all_reduce(values)
+        return values / self.count
+
+    def any(self, flag: bool, device: torch.device) -> bool:
+        """Whether it holds in any process."""
+        return flag if self.count == 1 else self.average(torch.tensor(float(flag), device=device)).item() > 0
+
+    def prepare(self, model: nn.Module, device: torch.device) -> None:
+        """Make batch normalisation in `model` use the whole batch, in place, where torch can."""
+        if self.count > 1 and device.type == "cuda":
+            nn.SyncBatchNorm.convert_sync_batchnorm(model)
+
+    def wrap(self, module: nn.Module) -> nn.Module:
+        """The module with gradients averaged over processes."""
+        return DistributedDataParallel(module) if self.count > 1 else module
+
+
+@contextmanager
+def joined(device: str) -> Iterator[torch.device]:
+    """Join the processes that torchrun started, on "cpu" (gloo) or "cuda" (nccl, a GPU each); yields the device.
+
+    Outside torchrun there is nothing to join.
+    """
+    if "LOCAL_RANK" not in os.environ:
+        yield torch.device(device)
+        return
+    on_gpu = torch.device(device).type == "cuda"
+    here = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if on_gpu else torch.device(device)
+    if on_gpu:
+        torch.cuda.set_device(here)
+    distributed.init_process_group("nccl" if on_gpu else "gloo")
+    try:
+        yield here
+    finally:
+        distributed.destroy_process_group()

@@ -1,0 +1,166 @@
+"""Computing the cells of a study, in one process or several; stopped anywhere, the next run goes on from there."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from .cells import Cell, needs, plan
+from .presets import Preset
+from .records import Record, write
+from .study import Study
+
+__all__ = ["run"]
+
+Make = Callable[[], Study]
+Done = Iterator[tuple[Cell, Record]]
+
+
+class _Ledger:
+    """Which cells are done, and which cannot be: what `run.json` says, written anew after every cell."""
+
+    def __init__(self, preset: Preset, about: dict[str, Any], out: Path) -> None:
+        self.preset, self.cells, self.out, self.about = preset, plan(preset), out, about
+        self.silent = dist.is_initialized() and dist.get_rank() > 0  # of several ranks, the first keeps the ledger
+        self.files: dict[Cell, str] = {}
+        self.lost: dict[Cell, str] = {}
+
+    def add(self, cell: Cell, record: Record) -> None:
+        """A record has been found or made."""
+        self.files[cell] = record.file
+        if "diverged" in record.result:
+            self.lost[cell] = f"{cell.name} diverged: {record.result['diverged']}"
+        self.write()
+
+    def reason(self, cell: Cell) -> str | None:
+        """Why a cell cannot be computed: a training that it needs has diverged."""
+        for need in needs(self.preset, cell):
+            if found := self.lost.get(need) or self.reason(need):
+                return found
+        return None
+
+    def ready(self, cell: Cell) -> bool:
+        """Whether all that the cell needs is done."""
+        return all(need in self.files for need in needs(self.preset, cell))
+
+    def write(self) -> None:
+        """The manifest: each cell with its file, None where there is none yet, and why where there will be none."""
+        cells = [
+            {
+                "kind": cell.kind, "model": cell.model, "seed": cell.seed, "threat": cell.threat and str(cell.threat),
+                "group": cell.group and cell.group.name, "file": self.files.get(cell), "lost": self.reason(cell),
+            }
+            for cell in self.cells
+        ]  # fmt: skip
+        if self.silent:
+            return
+        first, second, threat = self.preset.primary
+        write(self.out / "run.json", {**self.about, "primary": [first, second, str(threat)], "cells": cells})
+
+
+def run(
+    make: Make,
+    preset: Preset,
+    about: dict[str, Any],
+    out: Path,
+    *,
+    jobs: int = 1,
+    minutes: float | None = None,
+    say: Callable[[str], None] = print,
+) -> Path:
+    """Compute the cells of the preset's plan, the most valuable first, and return the path of `run.json`.
+
+    `make` gives a process its study. With `minutes` no cell is begun when they are over: what is missing is None in
+    `run.json`, and a later run computes it.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    ledger, started = _Ledger(preset, about, out), time.monotonic()
+    left = lambda: minutes is None or time.monotonic() - started < 60 * minutes  # noqa: E731
+    way = _ranks if dist.is_initialized() else _alone if jobs == 1 else _together
+    for done, (cell, record) in enumerate(way(make, ledger, jobs, left), 1):
+        ledger.add(cell, record)
+        minutes_gone = (time.monotonic() - started) / 60
+        say(f"[{done}/{len(ledger.cells)}, {minutes_gone:.1f} min] {cell.name}: {record['seconds']:.1f} s")
+    missing = [cell for cell in ledger.cells if cell not in ledger.files]
+    for cell in missing:
+        if reason := ledger.reason(cell):
+            say(f"{cell.name}: not computed, {reason}")
+    if over := sum(ledger.reason(cell) is None for cell in missing):
+        say(f"{over} cells were not begun within {minutes:g} minutes; run again to go on")
+    ledger.write()
+    return out / "run.json"
+
+
+def _alone(make: Make, ledger: _Ledger, jobs: int, left: Callable[[], bool]) -> Done:
+    study = make()
+    for cell in ledger.cells:
+        if not left():
+            return
+        if ledger.reason(cell) is None:
+            yield cell, study.do(cell)
+
+
+def _ranks(make: Make, ledger: _Ledger, jobs: int, left: Callable[[], bool]) -> Done:
+    """Under torchrun: every training by all ranks together, the other cells shared out among them.
+
+    A barrier parts a training from the next, so that no rank sees the record of one that another is still about.
+    """
+    study, rank, ranks = make(), dist.get_rank(), dist.get_world_size()
+    study.records.writes = rank == 0
+    for cell in ledger.cells:
+        if cell.kind == "train" and ledger.reason(cell) is None:
+            dist.barrier()
+            yield cell, study.do(cell)
+    dist.barrier()
+    study.records.writes = True
+    rest = [cell for cell in ledger.cells if cell.kind != "train" and ledger.reason(cell) is None]
+    mine = []
+    for cell in rest[rank::ranks]:
+        if left():
+            mine.append((cell, study.do(cell)))
+            yield mine[-1]
+    found: list[list[tuple[Cell, Record]]] = [[] for _ in range(ranks)]
+    dist.all_gather_object(found, mine)
+    for theirs in found[1:] if rank == 0 else []:
+        yield from theirs
+
+
+def _together(make: Make, ledger: _Ledger, jobs: int, left: Callable[[], bool]) -> Done:
+    """Cells that are ready, by value, in as many processes as jobs."""
+    waiting, running = list(ledger.cells), dict[Future[Record], Cell]()
+    with ProcessPoolExecutor(jobs, get_context("spawn"), _begin, (make,)) as pool:
+        try:
+            while True:
+                waiting = [cell for cell in waiting if ledger.reason(cell) is None]
+                for cell in [cell for cell in waiting if ledger.ready(cell)][: jobs - len(running) if left() else 0]:
+                    waiting.remove(cell)
+                    running[pool.submit(_do, cell)] = cell
+                if not running:
+                    return
+                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                    yield running.pop(future), future.result()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in list((pool._processes or {}).values()):
+                process.terminate()  # what a process was about is computed again by the next run
+            raise
+
+
+_study: Study  # of this process
+
+
+def _begin(make: Make) -> None:
+    global _study
+    os.environ["TQDM_DISABLE"] = "1"  # the bars of several processes would write over each other
+    _study = make()
+
+
+def _do(cell: Cell) -> Record:
+    return _study.do(cell)

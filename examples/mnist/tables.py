@@ -1,0 +1,264 @@
+"""The tables of accuracies, built from the records; where there is no result, a cell says why."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from .comparisons import Comparison, family, t_interval
+from .document import Cell, Table
+from .results import NOT_PLANNED, WHITE_BOX, Results, mean
+from .scores import Scores, wilson
+
+__all__ = [
+    "attacks_table",
+    "every_attack_table",
+    "family_table",
+    "model_cell",
+    "number",
+    "paper_table",
+    "primary_table",
+    "score",
+    "seeds_table",
+    "share_cell",
+]
+
+# The paper's table by keep probability: clean, PGD and SPSA, both in L2 with eps 0.5, in percent.
+PAPER = {1.0: (96.2, 45.2, 40.5), 0.99: (97.0, 46.0, 40.1), 0.9: (98.5, 51.2, 49.4), 0.75: (89.1, 30.0, 35.8)}
+BY_NAME = {"M3": 1.0, "M4": 0.9}  # before a model's first training nothing else says what its p is
+HEADLINE = "worst of everything"
+
+
+def number(value: float, text: str | None = None) -> Cell:
+    """A number, as it sorts."""
+    return Cell(f"{value:g}" if text is None else text, value=value)
+
+
+def share_cell(share: float, n: int, strong: bool = False, *more: str) -> Cell:
+    """A share of `n` in percent, with its Wilson interval."""
+    low, high = wilson(share, n)
+    return Cell(f"{100 * share:.1f}", (f"[{100 * low:.1f}, {100 * high:.1f}]", *more), share, strong)
+
+
+def score(found: Sequence[Scores], why: str = "not run", strong: bool = False) -> Cell:
+    """A mean over seeds with the Wilson interval of the images; of a noisy model the mean over draws, then the vote."""
+    if not found:
+        return Cell(why)
+    vote = [f"vote {100 * mean(scores.right for scores in found):.1f}"] if found[0].draws > 1 else []
+    return share_cell(mean(scores.mean for scores in found), min(map(len, found)), strong, *vote)
+
+
+def model_cell(results: Results, name: str) -> Cell:
+    """A model's number and title, which sort by the number."""
+    title = results.title(name)
+    return Cell(name, (title,) if title != name else (), results.named("model").index(name))
+
+
+class Sizes:
+    """How many images each column was judged on, for the caption."""
+
+    def __init__(self) -> None:
+        self.found: dict[str, set[int]] = {}
+
+    def score(self, column: str, found: Iterable[Scores | None], why: str = "not run", strong: bool = False) -> Cell:
+        """The cell of these scores, one a seed; their number of images is kept."""
+        there = [scores for scores in found if scores]
+        self.found.setdefault(column, set()).update(map(len, there))
+        return score(there, why, strong)
+
+    def __str__(self) -> str:
+        columns: dict[str, list[str]] = {}
+        for column, sizes in self.found.items():
+            if text := " or ".join(f"{n:,}" for n in sorted(sizes)):
+                columns.setdefault(text, []).append(column)
+        return "; ".join(f"n = {n} ({', '.join(names)})" for n, names in columns.items()) or "n = 0, nothing is run yet"
+
+
+def primary_table(results: Results, comparison: Comparison) -> Table:
+    """The comparison that was said in advance, seed by seed."""
+    rows = [
+        [
+            number(pair.seed), number(pair.n, f"{pair.n:,}"), share_cell(pair.first, pair.n),
+            share_cell(pair.second, pair.n), number(pair.difference, f"{100 * pair.difference:+.1f}"),
+            number(pair.p, f"{pair.p:.2g}"),
+        ]
+        for pair in comparison.pairs
+    ]  # fmt: skip
+    sizes = Sizes()
+    sizes.found["both models, paired"] = {pair.n for pair in comparison.pairs}
+    caption = f"Worst case at {comparison.threat}, accuracy of the most frequent answer in %; {sizes}"
+    names = [results.called(name) for name in (comparison.first, comparison.second)]
+    return Table(caption, ["seed", "n", *names, "difference, points", "McNemar p"], rows, results.warnings)
+
+
+def family_table(results: Results) -> Table:
+    """The other comparisons, with p-values that hold together."""
+    rows, sizes = [], Sizes()
+    sizes.found = {where: set() for where in ("clean", *results.named("threat"))}
+    for comparison, p in family(results):
+        where, verdict, interval = comparison.threat or "clean", comparison.verdict(p), comparison.interval
+        sizes.found[where].update(pair.n for pair in comparison.pairs)
+        rows.append([
+            Cell(f"{comparison.first} - {comparison.second}"), Cell(where), number(len(comparison.pairs)),
+            number(comparison.difference, f"{100 * comparison.difference:+.1f}"),
+            _interval(interval),
+            number(p, f"{p:.2g}"), Cell(verdict, strong=verdict in ("better", "worse")),
+        ])  # fmt: skip
+    caption = f"Differences in points, most frequent answer, clean and in the worst case within each threat; {sizes}"
+    header = ["first - second", "where", "seeds", "difference", "t interval", "Holm p", "the first is"]
+    return Table(caption, header, rows, results.warnings)
+
+
+def _interval(found: tuple[float, float] | None) -> Cell:
+    """A t interval in points, which sorts by its lower end."""
+    return Cell(f"[{100 * found[0]:+.1f}, {100 * found[1]:+.1f}]", value=found[0]) if found else Cell("one seed")
+
+
+def seeds_table(results: Results) -> Table:
+    """The worst case of every model, seed by seed, where there is more than one."""
+    rows, sizes = [], Sizes()
+    for threat in results.named("threat"):
+        for name in results.named("model"):
+            found = [results.worst(threat, name, seed=seed) for seed in results.shown(threat, name)]
+            means = [scores.mean for scores in found if scores]
+            if interval := t_interval(means):
+                sizes.score(threat, found)
+                low, high = (f"{100 * end:.1f}" for end in interval)
+                each = ", ".join(f"{100 * value:.1f}" for value in means)
+                spread = Cell(f"{100 * mean(means):.1f}", (f"[{low}, {high}]",), mean(means), strong=True)
+                rows.append([model_cell(results, name), Cell(threat), number(len(means)), spread, Cell(each)])
+    caption = f"The worst case over seeds, accuracy in % with the t interval of the seeds; {sizes}"
+    return Table(caption, ["model", "threat", "seeds", "mean", "each seed"], rows, results.warnings)
+
+
+def paper_table(results: Results) -> Table:
+    """T1: the paper's numbers beside those of the same settings here."""
+    threat, rows, sizes = results.primary[2], [], Sizes()
+    columns = ("clean", "PGD", "SPSA", HEADLINE)
+    for keep, paper in PAPER.items():
+        name = _keeping(results, keep)
+        if name is None:
+            cells = [Cell("not in this run")] * 4
+        else:
+            ours, why = _as_the_paper(results, name, threat), results.missing("train", name) or "not run"
+            cells = [sizes.score(column, ours[column], why, column == HEADLINE) for column in columns]
+        beside = [
+            cell
+            for reported, cell in zip(paper, cells, strict=False)
+            for cell in (number(reported, f"{reported:.1f}"), cell)
+        ]
+        rows.append([number(keep), Cell(name or NOT_PLANNED), *beside, cells[3]])
+    header = ["keep p", "model", *(f"{column}, {whose}" for column in columns[:3] for whose in ("paper", "ours"))]
+    caption = f"T1. The paper's table beside ours at {threat}, accuracy in %; ours: {sizes}"
+    return Table(caption, [*header, f"{HEADLINE}, ours"], rows, results.warnings)
+
+
+def _keeping(results: Results, keep: float) -> str | None:
+    """The model that a row of the paper is about: SODEF itself, or the noisy SODEF with that keep probability."""
+    for name in results.named("model"):
+        model = results.model(name)
+        noise = model["block"]["p"] if model and model["regularised"] and model["block"]["kind"] == "sde" else 0
+        if BY_NAME.get(name) == keep if not noise else abs(1 - noise - keep) < 1e-9:
+            return str(name)
+    return None
+
+
+def _as_the_paper(results: Results, name: str, threat: str) -> dict[str, list[Scores]]:
+    """Clean, PGD on the cross-entropy, SPSA and the worst case, each over the seeds of the row."""
+    found: dict[str, list[Scores]] = {"clean": [], "PGD": [], "SPSA": [], HEADLINE: []}
+    for seed in results.shown(threat, name) or results.seeds(name):
+        white = results.attacks(threat, name, WHITE_BOX, seed).items()
+        every = [
+            pair for group in results.named("group") for pair in results.attacks(threat, name, group, seed).items()
+        ]
+        found["PGD"] += [scores for attack, scores in white if attack.startswith("PGD-") and " ce" in attack][:1]
+        found["SPSA"] += [scores for attack, scores in every if attack.startswith("SPSA")][:1]
+        for column, scores in (
+            ("clean", results.clean(name, seed)),
+            (HEADLINE, results.worst(threat, name, seed=seed)),
+        ):
+            found[column] += [scores] if scores else []
+    return found
+
+
+def attacks_table(results: Results, threat: str) -> Table:
+    """T2: every model under every group of attacks within one threat; the worst case is what is reported."""
+    records = [record for (_, _, t, _), record in results.found("attack") if t == threat]
+    white = [record for record in records if record["config"]["group"]["name"] == WHITE_BOX]
+    single = list(dict.fromkeys(attack for record in white for attack in record.result["attacks"]))
+    groups, sizes = results.groups(threat), Sizes()
+    rows = [_attacked(results, threat, name, single, groups, sizes) for name in results.named("model")]
+    columns = [HEADLINE, "masked?", "clean", *single, *(f"{group}, worst" for group in groups)]
+    caption = f"T2. Accuracy in % under {threat}; {sizes}"
+    return Table(caption, ["model", *columns, "seeds", "queries", "seconds"], rows, results.warnings)
+
+
+def _attacked(
+    results: Results, threat: str, name: str, single: Sequence[str], groups: Sequence[str], sizes: Sizes
+) -> list[Cell]:
+    seeds = results.shown(threat, name)
+    first = seeds[0] if seeds else 0
+    untrained = results.missing("train", name)
+
+    def why(group: str) -> str:
+        found = results.missing("attack", name, first, threat, group) or untrained or "not run"
+        return found.split(":")[0]
+
+    def under(*chosen: str) -> list[Scores | None]:
+        return [results.worst(threat, name, chosen or None, seed) for seed in seeds]
+
+    headline = sizes.score(HEADLINE, under(), untrained or why(WHITE_BOX), strong=True)
+    if seeds and (lacking := results.lacks(threat, name, first)):
+        headline = Cell(headline.text, (*headline.small, f"without {', '.join(lacking)}"), headline.value, strong=True)
+    why_clean = results.missing("clean", name, first) or "not run"
+    clean = [results.clean(name, seed) for seed in seeds or results.seeds(name)]
+    white = [results.attacks(threat, name, WHITE_BOX, seed) for seed in seeds]
+    return [
+        model_cell(results, name),
+        headline,
+        _flag(results, threat, name),
+        sizes.score("clean", clean, why_clean.split(":")[0]),
+        *(sizes.score(attack, [found.get(attack) for found in white], why(WHITE_BOX)) for attack in single),
+        *(sizes.score(group, under(group), why(group)) for group in groups),
+        number(len(seeds)),
+        *_effort(results, threat, name, seeds),
+    ]
+
+
+def _flag(results: Results, threat: str, name: str) -> Cell:
+    """Whether attacks without the model's own gradient break more, by the smallest p of all groups and seeds."""
+    tested = [p for (t, n, _, _), p in results.masked.items() if (t, n) == (threat, name)]
+    if not tested:
+        return Cell(NOT_PLANNED)
+    groups = results.is_masked(threat, name)
+    small = (*(f"by {group}" for group in groups), f"p = {min(tested):.2g}")
+    return Cell("masked" if groups else "no", small, min(tested), strong=bool(groups))
+
+
+def _effort(results: Results, threat: str, name: str, seeds: Sequence[int]) -> list[Cell]:
+    """Queries and seconds of all attacks on one model, the mean over its seeds."""
+    attacks = [
+        attack
+        for (n, seed, t, _), record in results.found("attack")
+        if (n, t) == (name, threat) and seed in seeds
+        for attack in record.result["attacks"].values()
+    ]
+    if not attacks:
+        return [Cell(NOT_PLANNED)] * 2
+    queries, seconds = (sum(attack[what] for attack in attacks) / len(seeds) for what in ("queries", "seconds"))
+    return [number(queries, f"{queries:,.0f}"), number(seconds, f"{seconds:,.1f}")]
+
+
+def every_attack_table(results: Results) -> Table:
+    """Every single attack of the run, seed by seed."""
+    rows = []
+    for (name, seed, threat, group), record in results.found("attack"):
+        for attack, packed in record.result["attacks"].items():
+            scores = Scores.unpack(packed)
+            rows.append([
+                model_cell(results, name), number(seed), Cell(str(threat)), Cell(str(group)), Cell(attack),
+                number(len(scores), f"{len(scores):,}"), score([scores]),
+                number(packed["queries"], f"{packed['queries']:,}"),
+                number(packed["seconds"], f"{packed['seconds']:,.1f}"),
+            ])  # fmt: skip
+    header = ["model", "seed", "threat", "group", "attack", "n", "accuracy, %", "queries", "seconds"]
+    return Table("Every attack that was run, with its n", header, rows, results.warnings, folded=True)

@@ -1,0 +1,105 @@
+"""Several processes train as one: the same gradients and weights up to rounding, under torchrun."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from examples.mnist.parallel import Processes, joined
+
+ROOT = Path(__file__).parents[1]
+SCRIPT = """
+import sys
+import torch
+from examples.mnist.adversary import Adversary
+from examples.mnist.data import load
+from examples.mnist.models import Block, Classifier
+from examples.mnist.parallel import Processes, joined
+from examples.mnist.penalties import Constraints
+from examples.mnist.training import SGD, Phase, train
+from odelayers import LyapunovRegularizer
+
+torch.set_num_threads(1)
+with joined("cpu"):
+    data = load("digits").first(90, 20, 20)  # batches of 43, 43 and 4: the shares are not equal
+    everywhere = Constraints(LyapunovRegularizer.sodef_mnist(samples=None))
+    phases = (
+        Phase("block", 1, 1e-2, batch=43, optimiser=SGD(), penalty=everywhere),
+        Phase("all", 1, 1e-2, batch=43, optimiser=SGD()),
+        Phase("head", 1, 1e-2, batch=43),
+    )
+    torch.manual_seed(0)
+    model = Classifier((8, 8, 16), Block("ode", t1=1.0, tolerance=1e-4), head="linear", net="conv")
+    seen, step = [], torch.optim.SGD.step
+    def watched(self, *given, **options):
+        seen.append([p.grad.clone() for group in self.param_groups for p in group["params"]])
+        return step(self, *given, **options)
+    torch.optim.SGD.step = watched
+    log = train(model, data, phases, False, 0, "M")
+    log += train(model, data, (Phase("all", 1, batch=43, adversary=Adversary(steps=1)),), False, 0, "runs")
+    assert [line["steps"] for line in log] == [3] * 4
+    kept = {"log": [line["loss"] for line in log[:3]], "gradients": seen, "weights": None}
+    torch.manual_seed(0)
+    model = Classifier((8, 8, 16), Block("ode", t1=1.0, tolerance=1e-4), head="linear", net="conv")
+    train(model, data, phases, False, 0, "M")
+    kept["weights"] = model.state_dict()
+    torch.save(kept, f"{sys.argv[1]}/{Processes.now().rank}.pt")
+"""
+
+
+def launched(folder: Path, count: int) -> list[dict]:
+    """What each of `count` processes of torchrun left behind."""
+    folder.mkdir()
+    script = folder / "script.py"
+    script.write_text(SCRIPT)
+    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*run, str(script), str(folder)], env=environment, text=True, capture_output=True, timeout=110, cwd=folder
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [torch.load(folder / f"{rank}.pt") for rank in range(count)]
+
+
+@pytest.mark.slow
+def test_two_processes_take_the_steps_of_one(tmp_path):
+    """Gradients, losses and weights after three steps a phase equal one process's, with unequal shares; both agree."""
+    (one,), (first, second) = launched(tmp_path / "one", 1), launched(tmp_path / "two", 2)
+    assert len(one["gradients"]) == len(first["gradients"]) == 12  # two phases of SGD, three steps, two trainings
+    assert all(max(g.abs().max() for g in step) > 1e-3 for step in one["gradients"])
+    for mine, other, alone in zip(first["gradients"], second["gradients"], one["gradients"], strict=True):
+        for a, b, c in zip(mine, other, alone, strict=True):
+            assert torch.equal(a, b), "the processes hold the same averaged gradient"
+            torch.testing.assert_close(a, c, rtol=1e-3, atol=1e-5 * max(1.0, c.abs().max().item()))
+    assert first["log"] == pytest.approx(one["log"], rel=1e-4) and first["log"] == second["log"]
+    for name, tensor in one["weights"].items():
+        assert torch.equal(first["weights"][name], second["weights"][name])
+        torch.testing.assert_close(first["weights"][name], tensor, rtol=1e-3, atol=1e-4)
+
+
+def test_shares_make_up_the_batch_and_their_weights_make_up_its_mean():
+    """Every row is in one share, and the average of weighted means over processes is the mean over the batch."""
+    values = torch.randn(11)
+    rows = torch.randperm(11)
+    processes = [Processes(rank, 3) for rank in range(3)]
+    shares = [p.share(rows) for p in processes]
+    assert torch.equal(torch.cat(shares), rows)
+    means = [p.weight(mine, rows) * values[mine].mean() for p, mine in zip(processes, shares, strict=True)]
+    torch.testing.assert_close(torch.stack(means).mean(), values.mean())
+    with pytest.raises(ValueError, match="a batch of 2 cannot be shared by 3 processes"):
+        processes[0].share(rows[:2])
+
+
+def test_outside_torchrun_there_is_one_process(monkeypatch):
+    """Nothing is joined, shared or wrapped without torchrun's environment."""
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    with joined("cpu") as device:
+        alone = Processes.now()
+        assert device.type == "cpu" and alone == Processes(0, 1)
+        module, rows = torch.nn.Linear(1, 1), torch.arange(5)
+        assert alone.wrap(module) is module and torch.equal(alone.share(rows), rows) and alone.weight(rows, rows) == 1

@@ -1,0 +1,399 @@
+"""The report: every number is the records', what is missing says why, and a verdict needs all that it was said to."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy.stats import t as student
+
+from examples.mnist import findings
+from examples.mnist.cells import Cell, plan
+from examples.mnist.comparisons import Comparison, Pair, compare, family
+from examples.mnist.presets import PRESETS, Preset
+from examples.mnist.records import write
+from examples.mnist.report import write_report
+from examples.mnist.results import Results
+from examples.mnist.scores import Scores, holm, mcnemar, wilson
+
+IMAGES, FEW, DRAWS = 200, 40, 8
+WARNINGS = ("a smoke run, not evidence", "NOT MNIST")
+Accuracy = Callable[[Cell], float]
+
+
+def preset(seeds: int = 1) -> Preset:
+    """The smoke preset with more seeds."""
+    return replace(
+        PRESETS["smoke"],
+        models=tuple(replace(m, seeds=1 if m.name == "M13" else seeds) for m in PRESETS["smoke"].models),
+    )
+
+
+def honest(cell: Cell) -> float:
+    """White-box attacks are the strongest; a larger radius breaks more."""
+    weaker = {"white-box": 0.0, "bypass": 0.02, "transfer": 0.2, "black-box": 0.1}
+    eps = cell.threat.eps if cell.threat else 0.0
+    return max(0.0, 0.98 - 0.3 * eps + (weaker[cell.group.name] if cell.group else 0))
+
+
+def made_up(
+    out: Path,
+    accuracy: Accuracy = honest,
+    *,
+    seeds: int = 1,
+    has: Callable[[Cell], bool] = lambda cell: True,
+    lost: Callable[[Cell], str | None] = lambda cell: None,
+) -> Path:
+    """A run whose records say what `accuracy` says; cells that `has` refuses are missing, those `lost` names too."""
+    study, manifest = preset(seeds), []
+    for cell in plan(study):
+        why, name = lost(cell), None
+        if has(cell) and why is None:
+            name = f"{cell.name}-0.json"
+            result, config = _result(study, cell, accuracy), _config(study, cell)
+            (out / "records").mkdir(parents=True, exist_ok=True)
+            write(out / "records" / name, {
+                "stage": cell.name, "key": "0", "config": config, "result": result, "seconds": 2.5, "machine": "abacus",
+                "versions": {"torch": "0"}, "commit": "c0ffee",
+            })  # fmt: skip
+        manifest.append({
+            "kind": cell.kind, "model": cell.model, "seed": cell.seed, "threat": cell.threat and str(cell.threat),
+            "group": cell.group and cell.group.name, "file": name, "lost": why,
+        })  # fmt: skip
+    about = {"preset": "smoke", "warning": WARNINGS[0], "data": "digits", "banner": "NOT MNIST: digits", "seed": 0}
+    out.mkdir(exist_ok=True)
+    write(out / "run.json", {**about, "primary": ["M4", "M5", "L2 0.5"], "cells": manifest})
+    return out
+
+
+def _config(study: Preset, cell: Cell) -> dict:
+    config = {
+        "data": "digits",
+        "sizes": [500, 100, IMAGES],
+        "device": "cpu",
+        "threads": 1,
+        "model": asdict(study.model(cell.model)),
+    }
+    if cell.group:
+        return config | {"group": {"name": cell.group.name}, "draws": 2, "judging_draws": DRAWS}
+    return config
+
+
+def _scores(cell: Cell, accuracy: float, n: int, salt: int = 0) -> dict:
+    """Fixed random verdicts; the samples that are hard are the same for all models, as they are in life."""
+    hard = np.random.default_rng(cell.seed).random(n) + 0.02 * np.random.default_rng(
+        [salt, *cell.name.encode()]
+    ).random(n)
+    right = hard < accuracy
+    if cell.model != "M4":
+        return Scores(1, *[tuple(map(int, right))] * 3).pack()
+    counts = tuple(int(DRAWS * r) if i % 5 else max(0, int(DRAWS * r) - 1) for i, r in enumerate(right))
+    return Scores(DRAWS, counts, tuple(map(bool, right)), counts).pack()
+
+
+def _result(study: Preset, cell: Cell, accuracy: Accuracy) -> dict:
+    if cell.kind == "train":
+        return {"epochs": [], "steps": 12, "validation": 0.9, "parameters": 1234}
+    if cell.kind == "clean":
+        return {"clean": _scores(cell, accuracy(cell), IMAGES), "nfe": 20, "milliseconds_128": 3.5}
+    if cell.kind == "attack":
+        n = FEW if cell.group.name == "black-box" else IMAGES - 20
+        salted = ((i, str(method)) for i, method in enumerate(cell.group.attacks))
+        return {"n": n, "largest_change": 0.1, "attacks": {
+            name: {**_scores(cell, accuracy(cell), n, i), "queries": 700, "seconds": 1.5} for i, name in salted
+        }}  # fmt: skip
+    if cell.kind == "spectra":
+        fields = {"untrained": 0.1, "trained": -0.4}
+        return {name: _field(mean, np.random.default_rng(len(cell.name))) for name, mean in fields.items()}
+    rows = [("radius", f"L2 {eps:g}", "PGD-5 margin", 0.98 - eps / 3) for eps in (0.5, 1.5, 3.0)]
+    rows += [("radius", f"L-inf {eps:g}", "PGD-5 margin", 0.98 - 4 * eps) for eps in (0.05, 0.3)]
+    rows += [("steps", "L2 1.5", f"PGD-{n} margin", 0.5 - n / 2000) for n in (40, 200)]
+    rows += [(f"logits x {c}", "L2 1.5", f"PGD-5 {loss}", 0.5) for c in ("0.01", "100") for loss in ("ce", "dlr")]
+    zero = dict.fromkeys(("ce", "margin"), float(cell.model == "M13"))
+    probes = [{"probe": what, "threat": t, "attack": a, **_scores(cell, share, 50)} for what, t, a, share in rows]
+    return {"n": 50, "zero_gradients": zero, "probes": probes}
+
+
+def _field(mean: float, random: np.random.Generator) -> dict:
+    real = random.normal(mean, 0.3, 640).round(4)
+    shares = dict.fromkeys(("all J_ii < 0", "row dominance", "column dominance", "abscissa < 0", "log norm < 0"), 0.25)
+    return {
+        "points": 10, "real_parts": real.tolist(), "mean": real.mean(), "largest": real.max(), "constraints": shares,
+        "unstable": float((real > 0).mean()), "residual": {"0.05": 0.1, "0.5": 0.2, "0.95": 0.3},
+    }  # fmt: skip
+
+
+def records(out: Path) -> dict[str, dict]:
+    """What each record of a run holds, by the name of its cell."""
+    return {path.stem.removesuffix("-0"): json.loads(path.read_text()) for path in (out / "records").glob("*.json")}
+
+
+def table(text: str, caption: str) -> list[dict[str, str]]:
+    """The rows of the Markdown table whose caption begins so, by header."""
+    lines = text.split(f"**{caption}")[1].split("\n\n")[1].splitlines()
+    header, _, *rows = ([entry.strip() for entry in line.strip("|").split(" | ")] for line in lines)
+    return [dict(zip(header, row, strict=True)) for row in rows]
+
+
+def number(entry: str) -> float:
+    """The first number of an entry."""
+    return float(re.search(r"-?[\d.]+", entry.replace("*", ""))[0])
+
+
+class Page(HTMLParser):
+    """What a page is made of: its tags with their attributes, and its table cells."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.open: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+        if tag not in ("meta", "img", "source"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag, f"</{tag}> closes another tag"
+
+
+def masking(cell: Cell) -> float:
+    """M13 hides its gradient: white-box attacks find little, the others what they find on an honest model."""
+    hidden = cell.model == "M13" and cell.group is not None and cell.group.name == "white-box"
+    return 0.95 if hidden else honest(cell)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A finished run with one masked model."""
+    out = made_up(tmp_path_factory.mktemp("finished"), masking, seeds=2)
+    write_report(out)
+    return out
+
+
+@pytest.fixture(scope="module")
+def text(finished):
+    return (finished / "report.md").read_text()
+
+
+def test_the_report_needs_the_records_alone(finished, text, tmp_path):
+    """From a copy of run.json and the JSON records, and nothing else, the same text and the same page come out."""
+    shutil.copytree(finished / "records", tmp_path / "records")
+    shutil.copy(finished / "run.json", tmp_path)
+    assert write_report(tmp_path) == tmp_path / "report.md"
+    assert (tmp_path / "report.md").read_text() == text
+    assert (tmp_path / "report.html").read_text() == (finished / "report.html").read_text()
+    for picture in ("accuracy", "radii", "steps", "spectra", "cost"):
+        assert (tmp_path / f"{picture}.png").stat().st_size > 10_000, picture
+        assert (tmp_path / f"{picture}-dark.png").stat().st_size > 10_000, picture
+
+
+def test_every_accuracy_in_the_tables_is_the_records(finished, text):
+    """Counted anew from the packed verdicts: single attacks, clean scores, and the worst case sample by sample."""
+    found = records(finished)
+    for threat, slug in (("L2 0.5", "l2-0.5"), ("L2 1.5", "l2-1.5")):
+        for row in table(text, f"T2. Accuracy in % under {threat}"):
+            name = row["model"].split()[0]
+            worst, clean = [], []
+            for seed in range(1 if name == "M13" else 2):
+                packs = [
+                    pack
+                    for cell, record in found.items()
+                    if cell.startswith(f"attack-{name}-{slug}-") and cell.endswith(f"-s{seed}")
+                    for pack in record["result"]["attacks"].values()
+                ]
+                packs.append(found[f"clean-{name}-s{seed}"]["result"]["clean"])
+                draws = packs[0]["draws"]
+                counts = [[(ord(c) - 48) / draws for c in pack["counts"]] for pack in packs]
+                clean.append(np.mean(counts[-1]))
+                n = IMAGES - 20
+                worst.append(np.mean([min(each[i] for each in counts if i < len(each)) for i in range(n)]))
+            assert number(row["worst of everything"]) == round(100 * np.mean(worst), 1), (threat, name)
+            assert row["worst of everything"].startswith("**"), "the headline is bold"
+            assert number(row["clean"]) == round(100 * np.mean(clean), 1), (threat, name)
+    rows = [line for line in text.split("**Every attack that was run")[1].splitlines() if line.startswith("| M")]
+    assert len(rows) == sum(len(record["result"].get("attacks", ())) for record in found.values())
+
+
+def test_each_cell_has_its_wilson_interval_and_each_caption_its_n(text):
+    """The interval printed beside a share is Wilson's for the n of the caption."""
+    captions = [line for line in text.splitlines() if line.startswith("**") and "(*" in line]
+    assert len(captions) == 10 and all(re.search(r"\bn\b", line) for line in captions)
+    row = table(text, "T2. Accuracy in % under L2 0.5")[0]
+    for column, n in (("FGSM ce", IMAGES - 20), ("clean", IMAGES), ("black-box, worst", FEW)):
+        share, low, high = map(float, re.match(r"([\d.]+) \[([\d.]+), ([\d.]+)\]", row[column]).groups())
+        assert (low, high) == pytest.approx([100 * end for end in wilson(share / 100, n)], abs=0.11), column
+
+
+def test_the_warnings_stand_on_every_table_and_picture(finished, text):
+    """A smoke run on a stand-in for MNIST says so beside each caption, in both forms, and in its opening."""
+    captions = [line for line in text.splitlines() if line.startswith("**")]
+    pictures = [after.split("\n\n")[1] for after in text.split("\n![")[1:]]
+    assert len(captions) == 10 and len(pictures) == 5
+    assert all(f"(*{warning}*)" in line for line in captions + pictures for warning in WARNINGS)
+    page = (finished / "report.html").read_text()
+    for part in (*re.findall(r'<p class="caption">.*?</p>', page), *re.findall(r"<figcaption>.*?</figcaption>", page)):
+        assert all(f'<span class="note">{warning}</span>' in part for warning in WARNINGS)
+    assert page.count('<p class="warning">') == 2
+
+
+def test_the_page_stands_alone_and_its_tables_sort(finished):
+    """No address of another file; every tag is closed; headers are buttons, and cells with numbers carry them."""
+    text = (finished / "report.html").read_text()
+    page = Page(text)
+    assert page.open == []
+    links = [value for tag, given in page.tags for key, value in given.items() if key in ("src", "href", "srcset")]
+    assert links and all(link.startswith(("data:image/png;base64,", "#")) for link in links)
+    anchors = {given["id"] for _, given in page.tags if "id" in given}
+    assert {link[1:] for link in links if link.startswith("#")} <= anchors
+    heads, buttons = (sum(tag == wanted for tag, _ in page.tags) for wanted in ("th", "button"))
+    assert heads == buttons > 50 and "aria-sort" in text
+    body = text.split("T2. Accuracy in % under L2 0.5")[-1].split("<tbody>")[1].split("</tbody>")[0]
+    for entry, value, shown in re.findall(r"(<td[^>]*data-value=\"([^\"]+)\">)<strong>([\d.]+)</strong>", body):
+        assert float(shown) == round(100 * float(value), 1), entry
+
+
+def test_the_masked_model_is_flagged_and_the_honest_ones_are_not(finished, text):
+    """Positive and negative control of the flag, in the table, the caption and the statistic behind both."""
+    for threat in ("L2 0.5", "L2 1.5"):
+        flags = {row["model"].split()[0]: row["masked?"] for row in table(text, f"T2. Accuracy in % under {threat}")}
+        assert flags.pop("M13").startswith("**masked** by bypass")
+        assert flags and all(flag.startswith("no p = ") for flag in flags.values()), flags
+    assert "**Masked**: what white-box attacks leave standing, others break, of M13 gradient masker (" in text
+    results = Results(finished)
+    raw = {}
+    for key in results.masked:
+        threat, name, group, seed = key
+        white, other = (results.worst(threat, name, ["white-box"], seed), results.attacks(threat, name, group, seed))
+        least = np.min([scores.majority for scores in other.values()], axis=0)
+        raw[key] = mcnemar(white.majority[: len(least)], list(least), "greater")
+    deterministic = [key for key in raw if key[1] != "M4"]
+    corrected = dict(zip(raw, holm(list(raw.values())), strict=True))
+    assert all(results.masked[key] == pytest.approx(corrected[key]) for key in deterministic)
+
+
+def pair(seed: int, difference: float, p: float) -> Pair:
+    return Pair(seed, 1000, 0.5 + difference, 0.5, p)
+
+
+@pytest.mark.parametrize(
+    ("pairs", "verdict", "said"),
+    [
+        ([(0.05, 1e-4), (0.06, 1e-5), (0.055, 1e-4)], "better", "Yes: the noise helps"),
+        ([(-0.05, 1e-4), (-0.06, 1e-5), (-0.055, 1e-4)], "worse", "No: the noise harms"),
+        ([(0.05, 1e-4), (0.06, 1e-5), (-0.055, 1e-4)], "not claimed: the seeds disagree", "but the seeds disagree"),
+        ([(0.01, 0.5), (0.20, 1e-9), (0.01, 0.5)], "not claimed: the seeds disagree", "but the seeds disagree"),
+        ([(0.05, 1e-9)], "not claimed: one seed", "one seed says nothing of another training"),
+        ([(0.01, 0.3), (0.011, 0.3)], "not claimed: McNemar is not significant", "the seeds agree, but McNemar"),
+        ([(0.01, 0.3), (-0.01, 0.3)], "no difference", "not significant at the 5% level"),
+        ([(0.05, 0.02), (0.06, 0.9), (0.055, 0.9)], "not claimed: McNemar is not significant", "smallest of 3 seeds"),
+    ],
+)
+def test_a_difference_is_claimed_only_where_mcnemar_and_the_seeds_agree(finished, pairs, verdict, said):
+    """The rule that was said in advance, on made-up outcomes; of several seeds the p is Holm-corrected first."""
+    found = Comparison("M4", "M5", "L2 0.5", tuple(pair(seed, *each) for seed, each in enumerate(pairs)))
+    assert found.verdict() == verdict
+    text = findings.answer(Results(finished), found)
+    assert said in text and all(warning in text for warning in WARNINGS)
+    claimed = "**Yes" in text or "**No: " in text
+    assert claimed == (verdict in ("better", "worse"))
+
+
+def test_the_interval_over_seeds_is_students():
+    """Mean, deviation and quantile by hand."""
+    values = [0.01, 0.03, 0.08]
+    half = student.ppf(0.975, 2) * np.std(values, ddof=1) / 3**0.5
+    found = Comparison("a", "b", None, tuple(pair(seed, value, 1.0) for seed, value in enumerate(values)))
+    assert found.interval == pytest.approx((np.mean(values) - half, np.mean(values) + half))
+    assert Comparison("a", "b", None, (pair(0, 0.1, 0.0),)).interval is None
+
+
+def test_the_primary_comparison_pairs_the_samples_of_each_seed(tmp_path):
+    """From records in which the noise helps on every seed: the verdict is yes, and its numbers are the records'."""
+    better = lambda cell: honest(cell) + (0.12 + 0.002 * cell.seed) * (cell.model == "M4" and cell.group is not None)  # noqa: E731
+    results = Results(made_up(tmp_path, better, seeds=3))
+    found = compare(results, "M4", "M5", "L2 0.5")
+    assert found.verdict() == "better" and [each.seed for each in found.pairs] == [0, 1, 2]
+    for each in found.pairs:
+        first, second = (results.worst("L2 0.5", name, seed=each.seed) for name in ("M4", "M5"))
+        assert (each.n, each.first, each.second) == (IMAGES - 20, first.right, second.right)
+        assert each.p == mcnemar(first.majority, second.majority)
+    others = family(results)
+    assert ("M4", "M5", "L2 0.5") not in {(c.first, c.second, c.threat) for c, _ in others}
+    assert {("M4", "M5", "L2 1.5"), ("M4", "M5", None), ("M5", "M3", "L2 0.5"), ("M3", "M1", None)} <= {
+        (c.first, c.second, c.threat) for c, _ in others
+    }
+    assert [p for _, p in others] == holm([c.p for c, _ in others])
+
+
+LOST = "train-M1-s0 diverged: the mean loss is nan"
+
+
+@pytest.mark.parametrize("done", ["nothing", "trained", "white-box", "one model", "no probes"])
+def test_a_half_finished_run_draws_and_says_what_is_missing(tmp_path, done):
+    """At whatever stage a run stands, its report is drawn; what is not there is "not run" or why it diverged."""
+    has = {
+        "nothing": lambda cell: False,
+        "trained": lambda cell: cell.kind == "train",
+        "white-box": lambda cell: cell.group is None or cell.group.name == "white-box",
+        "one model": lambda cell: cell.model in ("M0", "M3"),
+        "no probes": lambda cell: cell.kind not in ("probe", "spectra", "clean") and cell.seed == 0,
+    }[done]
+    out = made_up(tmp_path, seeds=2, has=has, lost=lambda cell: LOST if cell.model == "M1" else None)
+    text = write_report(out).read_text()
+    rows = {row["model"].split()[0]: row for row in table(text, "T2. Accuracy in % under L2 0.5")}
+    assert rows["M1"]["worst of everything"] == "diverged: the mean loss is nan"
+    assert rows["M1"]["FGSM ce" if "FGSM ce" in rows["M1"] else "clean"] == "diverged"
+    assert f"> **{LOST}**" in text and "**Not answered yet**" in text
+    if done in ("nothing", "trained", "no probes"):
+        assert rows["M5"]["worst of everything"] == "not run"
+    if done == "white-box":
+        assert "without bypass, transfer, black-box" in rows["M5"]["worst of everything"]
+        assert rows["M5"]["bypass, worst"] == "not run" and rows["M0"]["bypass, worst"] == "-"
+    if done == "one model":
+        assert number(rows["M0"]["worst of everything"]) > 0
+    Page((out / "report.html").read_text())
+
+
+def test_a_training_that_diverged_itself_is_lost(tmp_path):
+    """A record that says so, as the runner writes it, has no numbers; what stands on it waits for nothing."""
+    out = made_up(tmp_path, lost=lambda cell: LOST if cell.model == "M1" and cell.kind != "train" else None)
+    path = out / "records" / "train-M1-s0-0.json"
+    write(path, {**json.loads(path.read_text()), "result": {"diverged": "the mean loss is nan"}})
+    text = write_report(out).read_text()
+    assert table(text, "Cost of a seed")[1]["training, s"] == "diverged: the mean loss is nan"
+    assert text.count(f"> **{LOST}**") == 1
+
+
+def test_the_paper_stands_beside_the_same_settings(text):
+    """T1 has the paper's four rows; ours where this preset has the model, at its threat, PGD on the cross-entropy."""
+    rows = table(text, "T1. The paper's table beside ours at L2 0.5")
+    assert [[row[f"{column}, paper"] for column in ("clean", "PGD", "SPSA")] for row in rows] == [
+        ["96.2", "45.2", "40.5"], ["97.0", "46.0", "40.1"], ["98.5", "51.2", "49.4"], ["89.1", "30.0", "35.8"],
+    ]  # fmt: skip
+    attacked = {row["model"].split()[0]: row for row in table(text, "T2. Accuracy in % under L2 0.5")}
+    for row, name in ((rows[0], "M3"), (rows[2], "M4")):
+        assert row["model"] == name and row["PGD, ours"] == attacked[name]["PGD-5 ce"]
+        assert row["worst of everything, ours"] == attacked[name]["worst of everything"]
+    assert rows[1]["clean, ours"] == rows[3]["clean, ours"] == "not in this run"
+
+
+def test_a_certificate_in_a_record_is_a_table(tmp_path):
+    """What no attack can take away stands in a table of its own, with its interval; without one there is none."""
+    out = made_up(tmp_path)
+    assert "Certified accuracy" not in write_report(out).read_text()
+    path = out / "records" / "clean-M0-s0-0.json"
+    record = json.loads(path.read_text())
+    record["result"]["certified"] = {"0.5": 0.94, "1.0": 0.8}
+    write(path, record)
+    row = table(write_report(out).read_text(), "Certified accuracy in %")[0]
+    low, high = (round(100 * end, 1) for end in wilson(0.94, IMAGES))
+    assert row["model"].startswith("M0") and row["L2 0.5"] == f"94.0 [{low}, {high}]" and number(row["L2 1"]) == 80.0
