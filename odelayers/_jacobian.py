@@ -12,7 +12,7 @@ from odelayers._checks import positive_int, state
 from odelayers._evaluator import Evaluator, vmapped
 from odelayers._field import Field, as_rows, training_batchnorm
 from odelayers._linalg import check_rows_finite
-from odelayers._linearize import leaf, linearization, product, refused
+from odelayers._linearize import leaf, linearization, product, refused, within
 from odelayers._running import RunningField
 
 __all__ = ["differentials", "jacobian", "jvp", "refuse_batch_statistics", "value_and_jacobian"]
@@ -55,8 +55,9 @@ def jacobian(
         TypeError: z is not a floating-point tensor, or f does not return one.
         ValueError: f returns another shape than z's, or contains a BatchNorm that uses batch statistics; z, f or the
             Jacobian is not finite (rows named); `verify` found rows that interact, or a wrong `f.linearize`.
-        RuntimeError: under `torch.func.vmap` or `jvp`, or a transform with respect to the parameters of `f`; `grad`,
-            `vjp` and `jacrev` with respect to z work.
+        RuntimeError: under `torch.func.vmap`. Forward mode (`jvp`, `jacfwd`, dual numbers) and transforms with respect
+            to the parameters of `f` may raise it too; `torch.func.linearize` raises torch's own. `grad`, `vjp` and
+            `jacrev` with respect to z work.
 
     >>> jacobian(lambda z: z**2, torch.tensor([[1.0, 3.0]])).tolist()
     [[[2.0, 0.0], [0.0, 6.0]]]
@@ -157,7 +158,8 @@ def _differentiate(
     further = torch.is_grad_enabled()
     D = z.shape[1:].numel()
     with torch.inference_mode(False), torch.enable_grad():
-        x = z if further and z.requires_grad else leaf(z)
+        # To a transform with respect to anything else, z itself would be a constant: its leaf is refused.
+        x = z if further and z.requires_grad and within(z) else leaf(z)
         into = [x]
         if in_time and isinstance(t, Tensor):
             t = t if further and t.requires_grad else leaf(t)
@@ -165,7 +167,7 @@ def _differentiate(
             into.append(t)
         out = f(t, x)
         further = further and (z.requires_grad or _has_other_leaf(out, into))
-        if not out.requires_grad:
+        if not (out.requires_grad and D):
             return out, z.new_zeros(len(z), D, D), z.new_zeros(len(z), D) if in_time else None
 
         def pull_back(output: Tensor) -> tuple[Tensor, ...]:

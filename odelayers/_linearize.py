@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from odelayers._evaluator import dual, transformed
 from odelayers._field import Field
 
-__all__ = ["Factor", "leaf", "linearization", "product", "refused"]
+__all__ = ["Factor", "leaf", "linearization", "product", "refused", "within"]
 
 _ACTIVATIONS = (nn.Tanh, nn.ReLU, nn.LeakyReLU, nn.ELU, nn.GELU, nn.SiLU, nn.Sigmoid, nn.Softplus)
 
@@ -41,6 +41,13 @@ def product(factors: list[Factor], batch: int) -> Tensor:
     return J if J.ndim == 3 else J.expand(batch, *J.shape).clone()
 
 
+def within(x: Tensor) -> bool:
+    """Whether the innermost torch.func transform, if there is one, is with respect to x."""
+    functorch = torch._C._functorch
+    top = None if torch.compiler.is_compiling() else functorch.peek_interpreter_stack()
+    return top is None or functorch.maybe_get_level(x) == top.level()
+
+
 def leaf(x: Tensor) -> Tensor:
     """The same values as the leaf of a new graph, which autograd differentiates by."""
     if not torch.compiler.is_compiling() and (transformed() or dual()):
@@ -49,11 +56,14 @@ def leaf(x: Tensor) -> Tensor:
 
 
 def refused() -> RuntimeError:
-    """The error for the transforms of torch.func that a Jacobian cannot pass."""
+    """The error for the transforms of torch.func, and the dual numbers, that a Jacobian cannot pass."""
+    functorch = torch._C._functorch
+    mapped = any(x.key() == functorch.TransformType.Vmap for x in functorch.get_interpreter_stack() or ())
+    rows = "hand all rows over as one batch, jacobian(f, z), and " if mapped else ""
     return RuntimeError(
-        "jacobian under a torch.func transform or with dual numbers: it differentiates the field itself and reads on "
-        "the host whether the result is finite, which vmap, forward mode and transforms with respect to anything but z "
-        "forbid; differentiate the result with torch.autograd.grad, and hand all rows over as one batch, jacobian(f, z)"
+        f"jacobian under a torch.func transform or with dual numbers: it differentiates the field itself and reads on "
+        f"the host whether the result is finite, which vmap, forward mode and transforms with respect to anything but "
+        f"z forbid; {rows}differentiate the result with torch.autograd.grad"
     )
 
 

@@ -20,6 +20,7 @@ OWN = {  # the tests that know a module best come first
     "_solvers/base.py": "solvers isolate faults running times gradients",
     "_solvers/control.py": "first_step independent stiff rosenbrock solvers isolate faults",
     "_solvers/independent.py": "independent isolate",
+    "_solvers/row_march.py": "independent stiff isolate recompute",
     "_solvers/rows.py": "independent stiff isolate",
     "_solvers/fixed.py": "solvers times faults gradients sde",
     "_solvers/reference.py": "adapters isolate faults",

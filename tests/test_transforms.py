@@ -51,7 +51,10 @@ def test_vmap_over_adaptive_steps_is_refused_with_the_remedy(z: Tensor) -> None:
 # The Jacobian of the first is known in closed form.
 @pytest.mark.parametrize("f", [nn.Sequential(nn.Linear(4, 4), nn.Tanh()), MLP(4, (8,))], ids=["chain", "MLP"])
 def test_transforms_of_a_jacobian_work_or_are_refused_with_the_remedy(f: nn.Module, z: Tensor) -> None:
-    """In reverse mode with respect to z they give the gradient of autograd; all others say what to do instead."""
+    """In reverse mode with respect to z they give the gradient of autograd; all others say what to do instead.
+
+    So they do where z is a tensor that requires a gradient, which a transform by the parameters takes for a constant.
+    """
     f, func = f.double(), torch.func
 
     def size(z: Tensor) -> Tensor:
@@ -60,21 +63,29 @@ def test_transforms_of_a_jacobian_work_or_are_refused_with_the_remedy(f: nn.Modu
     def size_of_one(row: Tensor) -> Tensor:
         return size(row[None])
 
-    def by_parameters(p: dict[str, Tensor]) -> Tensor:
+    def by_parameters(p: dict[str, Tensor], z: Tensor) -> Tensor:
         return jacobian(lambda x: func.functional_call(f, p, (x,)), z).sum()
 
-    x = z.clone().requires_grad_()
+    x, p = z.clone().requires_grad_(), {name: p.detach() for name, p in f.named_parameters()}
     (wanted,) = torch.autograd.grad(size(x), x)
     for found in (func.grad(size)(z), func.jacrev(size)(z), func.vjp(size, z)[1](torch.ones_like(z[0, 0]))[0]):
         assert torch.equal(found, wanted)
     for refused in (
         lambda: func.vmap(size_of_one)(z),
         lambda: func.vmap(func.grad(size_of_one))(z),
-        lambda: func.jvp(size, (z,), (z,)),
-        lambda: func.jacfwd(size)(z),
-        lambda: func.grad(by_parameters)(dict(f.named_parameters())),
+        lambda: func.jacfwd(size)(z),  # a vmap over directions
     ):
-        with pytest.raises(RuntimeError, match=r"jacobian under a torch\.func transform.*jacobian\(f, z\)"):
+        with pytest.raises(
+            RuntimeError, match=r"jacobian under a torch\.func transform.*as one batch, jacobian\(f, z\)"
+        ):
+            refused()
+    for refused in (
+        lambda: func.jvp(size, (z,), (z,)),
+        lambda: func.grad(by_parameters)(p, z),
+        lambda: func.grad(by_parameters)(p, x),
+        lambda: func.jvp(lambda p: by_parameters(p, x), (p,), (p,)),
+    ):
+        with pytest.raises(RuntimeError, match=r"forbid; differentiate the result with torch\.autograd\.grad"):
             refused()
 
 

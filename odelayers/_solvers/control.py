@@ -18,6 +18,7 @@ from odelayers._solvers.base import Norm, Solver, fail, nonfinite_rows
 
 __all__ = [
     "GROW",
+    "LATELY",
     "SAFETY",
     "SHRINK",
     "STABILITY_LIMIT",
@@ -36,6 +37,7 @@ Rows = NDArray[Any]  # one number for each row under way, on the host
 SAFETY, SHRINK, GROW = 0.9, 0.2, 10.0
 # Beyond |h lambda| of about 3.3 an explicit method of order five is unstable (Hairer and Wanner, IV.2).
 STABILITY_LIMIT = 2.5
+LATELY = 10  # tries: a row that fails within so many of one that was not finite fails for that
 RESOLUTION = 4 * np.finfo(np.float64).eps  # of a row's time; no step is shorter
 
 
@@ -100,16 +102,18 @@ class RowControl:
 
     In numpy, whose small arrays cost a third of torch's. All rows try a step at once, so they have tried equally many.
     `h` is the length of the last try and `next` that of the next, `way` their sign; `reached` counts the output times
-    `ts` that a row has behind it.
+    `ts` that a row has behind it, `overflowed` is the number of its last try that was not finite.
     """
 
     grow: ClassVar[float] = GROW
+    per_row: ClassVar[tuple[str, ...]] = ("rows", "t", "next", "reached", "shortest", "overflowed")
 
     def __init__(self, ts: Sequence[float], first: Rows, order: float, max_steps: int) -> None:
         self.ts, self.t1, self.way = np.array(ts), ts[-1], math.copysign(1.0, ts[-1] - ts[0])
         self.power, self.max_steps, self.tried = 1 / order, max_steps, 0
         self.rows, self.t, self.next = np.arange(len(first)), np.full_like(first, ts[0]), first
         self.reached, self.shortest = np.ones(len(first), dtype=np.int64), RESOLUTION * first
+        self.overflowed = np.full_like(self.reached, -LATELY)
 
     @property
     def goal(self) -> Rows | float:
@@ -126,6 +130,7 @@ class RowControl:
     def judge(self, error: Rows) -> Verdict:
         """Take the steps whose error is at most 1, and choose the lengths of the next."""
         self.tried += 1
+        self.overflowed = np.where(np.isfinite(error), self.overflowed, self.tried)
         begun, taken = self.t, self._choose(error)
         end = np.where(self.arriving, self.goal, begun + self.h * self.way)
         self.t = np.where(taken, end, begun)
@@ -143,7 +148,7 @@ class RowControl:
 
     def go_on(self, keep: Rows) -> None:
         """Leave out all rows but those at the places `keep`."""
-        for name in ("rows", "t", "next", "reached", "shortest"):
+        for name in self.per_row:
             setattr(self, name, getattr(self, name)[keep])
 
 
@@ -155,6 +160,7 @@ class PredictiveRowControl(RowControl):
     """
 
     grow = 6.0
+    per_row = (*RowControl.per_row, "refused", "last_h", "last_error")
 
     def __init__(self, ts: Sequence[float], first: Rows, order: float, max_steps: int) -> None:
         super().__init__(ts, first, order, max_steps)
@@ -166,15 +172,11 @@ class PredictiveRowControl(RowControl):
         return self.ts[np.minimum(self.reached, len(self.ts) - 1)]
 
     def _choose(self, error: Rows) -> Rows:
-        finite = np.isfinite(error)
-        if not finite.all():
-            # No row takes it: the others try again, lest zeros times infinities enter their gradients.
-            self.next = np.where(finite, self.next, SHRINK * self.h)
-            return np.zeros_like(finite)
         taken, floored = (error <= 1.0) & (self.h > 0), np.maximum(error, 1e-10)
         factor = SAFETY * floored**-self.power
-        foreseen = SAFETY * self.h / self.last_h * (self.last_error / floored**2) ** self.power
-        factor = np.where(taken, np.fmin(factor, foreseen), factor).clip(SHRINK, self.grow)
+        foreseen = SAFETY * self.h / self.last_h * (self.last_error / floored / floored) ** self.power
+        # fmax and fmin shrink where the error is NaN
+        factor = np.fmin(np.fmax(np.where(taken, np.fmin(factor, foreseen), factor), SHRINK), self.grow)
         following = self.h * np.where(taken & self.refused, np.minimum(factor, 1.0), factor)
         # A step cut short by an output time does not make the next one short.
         self.next = np.where(taken & self.arriving, np.maximum(following, self.next), following)

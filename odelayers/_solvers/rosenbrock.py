@@ -2,35 +2,48 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple, cast
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from odelayers._driver import Driver, against
+from odelayers._driver import Driver
 from odelayers._evaluator import Evaluator, dual, transformed
 from odelayers._field import as_rows
 from odelayers._jacobian import differentials, refuse_batch_statistics
 from odelayers._solvers.adaptive import Adaptive
-from odelayers._solvers.base import Norm, State, Taken
-from odelayers._solvers.control import PredictiveRowControl, Rows
+from odelayers._solvers.base import State
+from odelayers._solvers.control import PredictiveRowControl, RowControl, Rows
 from odelayers._solvers.factored import Factored
 from odelayers._solvers.rosenbrock_tableau import RODAS5P, RosenbrockTableau
-from odelayers._solvers.rows import RowMarch, RowStep, failed_rows, failure, first_steps, grid, host, on, passed
+from odelayers._solvers.row_march import RowMarch
+from odelayers._solvers.rows import Failed, Outputs, Part, failed_rows, grid, on
 from odelayers._solvers.stages import combined
 
 __all__ = ["Rodas5P"]
 
 
-class RosenbrockTry(NamedTuple):
-    """One attempted step: the result, the embedded error, and the field's rows at its start."""
+class Try(NamedTuple):
+    """An attempted step: where from, the field's rows there, the result, and the embedded error."""
 
-    z: Tensor
-    error: Tensor
+    before: State
     k: Tensor
+    z: Tensor
+    embedded: Tensor
+
+    def after(self) -> State:
+        return (self.z,)
+
+    def error(self, rtol: float, atol: float) -> Tensor:
+        return self.embedded / torch.maximum(self.before[0].abs(), self.z.abs()).mul_(rtol).add_(atol)
+
+    def read(self, outputs: Outputs) -> Tensor:
+        return self.z.index_select(0, on(self.z, outputs.ends))  # steps end at every output
+
+    def failed(self, error: Rows, control: RowControl, at: Rows) -> list[Failed]:
+        return failed_rows((*self.before, self.k), error, control, at)
 
 
 @dataclass(frozen=True)
@@ -39,43 +52,17 @@ class Rosenbrock(RowMarch, Adaptive):
 
     tableau: ClassVar[RosenbrockTableau]
 
+    @property
+    def told(self) -> Rosenbrock:
+        return self
+
+    def control(self, ts: Sequence[float], first: Rows) -> PredictiveRowControl:
+        return PredictiveRowControl(ts, first, self.tableau.order, self.max_steps)
+
     def start(self, f: Evaluator, t0: float, z0: Tensor, driver: Driver) -> State:
         return (z0,)
 
-    def march(self, f: Evaluator, z0: Tensor, ts: Sequence[float], driver: Driver, norm: Norm) -> Iterator[Taken]:
-        self._refuse(f)
-        tolerances, z = self.tolerances(f, z0), z0
-        with torch.no_grad():
-            k = driver.terms(f, z0.new_full((len(z0),), ts[0]), z0)[0]
-        first = first_steps(self, f, (z0, k), ts, driver, norm, tolerances)
-        control = PredictiveRowControl(ts, first, self.tableau.order, self.max_steps)
-        while (control.t != control.t1).any():
-            h = control.lengths()
-            attempt = self._attempt(f, control.t, h, z, driver)
-            with torch.no_grad():  # the step's one host read
-                error = host(norm(self._scaled_error(attempt, z, *tolerances)))
-            verdict, before = control.judge(error), z
-            if verdict.taken.any():
-                h = np.where(verdict.taken, h, 0.0)
-                outputs = passed(control, verdict, f.batch)
-                step = RowStep(control.tried, verdict.taken.nonzero()[0], None, verdict.begun, h, None, outputs)
-                z = attempt.z
-                if not verdict.taken.all():
-                    z = torch.where(against(on(z, verdict.taken), z.ndim), z, before)
-                yield Taken(step, (before,), (z,), self._outputs(z, step), 0)
-            if verdict.failed.any():
-                failures = failed_rows((before, attempt.k), error, control, verdict.failed.nonzero()[0])
-                raise failure(self, f, z0, failures, driver)
-
-    def again(self, f: Evaluator, step: RowStep, before: State, driver: Driver) -> tuple[State, list[Tensor]]:
-        z = self._attempt(f, step.t, step.h, before[0], driver).z
-        return (z,), self._outputs(z, step)
-
-    def _outputs(self, z: Tensor, step: RowStep) -> list[Tensor]:
-        """The states at the output times that the step ends at."""
-        return [] if step.outputs is None else [z.index_select(0, on(z, step.outputs.ends))]
-
-    def _refuse(self, f: Evaluator) -> None:
+    def refuse(self, f: Evaluator, z0: Tensor) -> None:
         if transformed() or dual():
             raise RuntimeError(
                 f"{self!r} under a torch.func transform or with dual numbers: its steps differentiate the field "
@@ -84,19 +71,19 @@ class Rosenbrock(RowMarch, Adaptive):
             )
         refuse_batch_statistics(f.field, repr(self))
 
-    def _attempt(self, f: Evaluator, t: Rows, h: Rows, z: Tensor, driver: Driver) -> RosenbrockTry:
-        """One step of length h from t of each row; one of length 0 stays where it is, and so does its derivative."""
-        tableau = self.tableau
+    def attempt(self, part: Part, t: Rows, h: Rows, before: State) -> Try:
+        """One step of each row, by one Jacobian and one decomposition."""
+        tableau, (z,) = self.tableau, before
         *times, length = grid(tableau.c, t, h, z).unbind(0)
         length = length.unsqueeze(1)
-        k, J, drift = self._linear(f, times[0], z, driver)
+        with part.evaluating(z) as (f, driver):
+            k, J, drift = self._linear(f, times[0], z, driver)
         W = Factored(torch.eye(J.shape[-1], dtype=z.dtype, device=z.device) - tableau.gamma * length.unsqueeze(-1) * J)
         rows, value = as_rows(z), k
         stages: list[Tensor] = []
         for i in range(len(tableau.c)):
             if i:
-                at = combined(rows, stages, tableau.a[i - 1], 1.0).view(z.shape)
-                value = as_rows(driver.terms(f, times[i], at)[0])
+                value = as_rows(part.rate(times[i], combined(rows, stages, tableau.a[i - 1], 1.0).view(z.shape)))
             right = tableau.gamma * length * value
             if drift is not None and tableau.d[i]:
                 right = right + (tableau.gamma * tableau.d[i]) * length.square() * drift
@@ -104,7 +91,7 @@ class Rosenbrock(RowMarch, Adaptive):
                 right = combined(right, stages, tableau.e[i - 1], tableau.gamma)
             stages.append(W.solve(right))
         # The method is stiffly accurate: its last stage is the embedded error.
-        return RosenbrockTry(combined(rows, stages, tableau.b, 1.0).view(z.shape), stages[-1].view(z.shape), k)
+        return Try(before, k, combined(rows, stages, tableau.b, 1.0).view(z.shape), stages[-1].view(z.shape))
 
     def _linear(self, f: Evaluator, s: Tensor, z: Tensor, driver: Driver) -> tuple[Tensor, Tensor, Tensor | None]:
         """Value (B, D), Jacobian (B, D, D) and derivative in time (B, D) of dz/ds, where s is the solver's time."""
@@ -115,11 +102,6 @@ class Rosenbrock(RowMarch, Adaptive):
         rate = rate.reshape(-1, 1)
         return rate * value, rate.unsqueeze(-1) * J, None if drift is None else rate.square() * drift
 
-    def _scaled_error(self, attempt: RosenbrockTry, z: Tensor, rtol: float, atol: float) -> Tensor:
-        """The embedded error over atol + rtol max(|z|, |z'|)."""
-        scale = torch.maximum(z.abs(), attempt.z.abs()).mul_(rtol).add_(atol)
-        return attempt.error / scale
-
 
 @dataclass(frozen=True)
 class Rodas5P(Rosenbrock):
@@ -129,8 +111,9 @@ class Rodas5P(Rosenbrock):
     nonlinear equation is solved. So it suits states of up to a few hundred coordinates. A closed form of the Jacobian
     is used where the field has one (`linearize`, see `jacobian`).
 
-    Every row steps as if alone: a fast phase of one does not slow the others down. A field that takes the time gets
-    one for each row, which broadcasts against z. A step ends at each output time, where a continuous extension would
+    Every row steps as if alone, and leaves the batch at its end: a fast phase of one does not slow the others down. A
+    field that takes the time gets one for each row under way, which broadcasts against z; what it knows of each row
+    must come as context. A step ends at each output time, where a continuous extension would
     miss the tolerance on stiff modes. Step sizes are constants to the gradient. A state in half precision is solved for
     in float32, and rtol is not taken below four roundings of the dtype that the field is evaluated in.
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -14,8 +15,9 @@ from odelayers._driver import Driver, against
 from odelayers._evaluator import Evaluator, traced
 from odelayers._field import as_rows
 from odelayers._solution import SolveError, Status
-from odelayers._solvers.base import MarchingSolver, Norm, Path, Solver, State, Taken, Trace, fail
+from odelayers._solvers.base import Norm, Solver, State, fail
 from odelayers._solvers.control import (
+    LATELY,
     STABILITY_LIMIT,
     RowControl,
     Rows,
@@ -25,7 +27,6 @@ from odelayers._solvers.control import (
     second_guess,
 )
 from odelayers._solvers.stages import Stages
-from odelayers._solvers.tableau import Tableau
 
 if TYPE_CHECKING:
     from odelayers._solvers.adaptive import Adaptive
@@ -34,15 +35,15 @@ __all__ = [
     "Failed",
     "Outputs",
     "Part",
-    "RowMarch",
     "RowStep",
-    "RowTry",
     "failed_rows",
     "failure",
     "first_steps",
     "grid",
-    "h_lambda",
-    "passed",
+    "host",
+    "on",
+    "pass_outputs",
+    "pick",
 ]
 
 
@@ -97,7 +98,12 @@ def first_steps(
 
 
 class Part:
-    """Field and driver for some rows of the batch; evaluations count as the whole batch's."""
+    """Field and driver for some rows of the batch; evaluations count as the whole batch's.
+
+    `stages` are the buffers, if any, that the tries of these rows share.
+    """
+
+    stages: Stages | None = None
 
     def __init__(self, f: Evaluator, driver: Driver, rows: Rows, like: Tensor) -> None:
         self.whole, self.f, self.driver = f, f, driver
@@ -105,34 +111,31 @@ class Part:
             at = on(like, rows)
             self.f, self.driver = f.take(at), driver.take(at)
 
-    def rate(self, s: Tensor, z: Tensor) -> Tensor:
-        """dz/ds of these rows at their own times s."""
+    @contextmanager
+    def evaluating(self, z: Tensor) -> Iterator[tuple[Evaluator, Driver]]:
+        """Field and driver for an evaluation at z; what goes wrong for a part of the batch is explained."""
         self.f.nfe = self.whole.nfe
         try:
-            k = self.driver.terms(self.f, s, z)[0]
-        except RuntimeError as error:
+            yield self.f, self.driver
+        except (RuntimeError, ValueError) as error:
             if self.f is not self.whole:
                 error.add_note(self._note(z))
             raise
+        self.whole.nfe = self.f.nfe
+
+    def rate(self, s: Tensor, z: Tensor) -> Tensor:
+        """dz/ds of these rows at their own times s."""
+        with self.evaluating(z) as (f, driver):
+            k = driver.terms(f, s, z)[0]
         if k.shape != z.shape:
             raise ValueError(f"field {self.f.field.name}: got dz/dt of shape {tuple(k.shape)}; {self._note(z)}")
-        self.whole.nfe = self.f.nfe
         return k
 
     def _note(self, z: Tensor) -> str:
         return (
-            f"batch='independent': {len(z)} of {self.whole.batch} rows are under way, a state of shape "
+            f"each steps by itself: {len(z)} of {self.whole.batch} rows are under way, a state of shape "
             f"{tuple(z.shape)}; pass what the field holds for each row as context=, which is picked with the rows"
         )
-
-
-class RowTry(NamedTuple):
-    """An attempted step: the result and its slope, the stages times the length, the state of the last but one."""
-
-    z: Tensor
-    k: Tensor
-    stages: Stages
-    last: Tensor
 
 
 class Outputs(NamedTuple):
@@ -147,18 +150,11 @@ class Outputs(NamedTuple):
     inner: Rows
     theta: Rows
 
-    def read(self, z: Tensor, attempt: RowTry, tableau: Tableau, among: Rows | None = None) -> Tensor:
-        """The states there, from the state before and the try; `among`: the try was of these rows alone."""
-        ends, inner = (x if among is None else among.searchsorted(x) for x in (self.ends, self.inner))
-        found = attempt.z.index_select(0, on(z, ends))
-        if not len(inner):
-            return found
-        dense = np.array(tableau.dense)
-        powers = self.theta[:, None] ** np.arange(1, dense.shape[1] + 1)
-        at, weights = on(z, inner), on(z, dense @ powers.T).to(z.dtype)
-        stages = torch.stack([attempt.stages.keep(i) for i in range(len(weights))])
-        change = (against(weights, z.ndim) * stages.index_select(1, at)).sum(dim=0)
-        return torch.cat([found, z.index_select(0, at) + change])
+    def of(self, among: Rows | None) -> Outputs:
+        """The same with places among these rows alone; None: among all."""
+        if among is None:
+            return self
+        return self._replace(ends=among.searchsorted(self.ends), inner=among.searchsorted(self.inner))
 
 
 class RowStep(NamedTuple):
@@ -182,43 +178,8 @@ class RowStep(NamedTuple):
     outputs: Outputs | None
 
 
-class RowTrace(Trace):
-    """What such a march leaves behind: outputs come in any order, and each row has its own number of steps."""
-
-    def __init__(self, z0: Tensor) -> None:
-        super().__init__(z0)
-        self.steps = np.zeros(len(z0), dtype=np.int64)
-        self.places: list[Rows] = []
-
-    def add(self, taken: Taken) -> None:
-        self.zs.extend(taken.outputs)
-        self.steps[taken.step.rows] += 1
-        if taken.step.outputs is not None:
-            self.places.append(taken.step.outputs.places)
-        # Who tries last has tried most.
-        self.accepted = int(self.steps[taken.step.rows].max())
-        self.rejected = taken.step.tried - self.accepted
-
-    def path(self) -> Path:
-        z0, found = self.zs[0], torch.cat(self.zs[1:])
-        found = torch.empty_like(found).index_copy(0, on(z0, np.concatenate(self.places)), found)
-        zs = torch.cat([z0, found]).view(1 + len(found) // len(z0), *z0.shape)
-        return Path(zs, self.accepted, self.rejected, on(z0, self.steps))
-
-
-class RowMarch(MarchingSolver):
-    """A march whose steps are those of rows by themselves."""
-
-    def trace(self, z0: Tensor) -> RowTrace:
-        return RowTrace(z0)
-
-    def spread(self, gradient: Tensor, steps: Sequence[RowStep]) -> list[list[Tensor]]:
-        flat = gradient[1:].flatten(0, 1)
-        return [[] if s.outputs is None else [flat.index_select(0, on(flat, s.outputs.places))] for s in steps]
-
-
-def passed(control: RowControl, verdict: Verdict, batch: int) -> Outputs | None:
-    """The output times that the rows of a step pass on its way or end it at; the rows are moved past them."""
+def pass_outputs(control: RowControl, verdict: Verdict, batch: int) -> Outputs | None:
+    """Move the rows of a step past the output times that it passes or ends at; gives these outputs, None for none."""
     if not verdict.passed.any():
         return None
     at, ts, way = verdict.passed.nonzero()[0], control.ts, control.way
@@ -245,19 +206,6 @@ class Failed(NamedTuple):
 
 
 @torch.no_grad()
-def h_lambda(attempt: RowTry, control: RowControl, at: Rows) -> Tensor:
-    """|h lambda| of the next try of the rows `at`, from two stages at one time; NaN where they are at one state.
-
-    Source: Hairer and Wanner, Solving ODEs II, IV.2.
-    """
-    rows, factor = on(attempt.z, at), torch.from_numpy(control.next[at] / control.h[at])
-    change, moved = attempt.stages.get(-1) - attempt.stages.get(-2), attempt.z - attempt.last
-    changed, moved = (as_rows(x)[rows].cpu().double().norm(dim=1) for x in (change, moved))
-    found: Tensor = factor * changed / moved
-    return found
-
-
-@torch.no_grad()
 def failed_rows(before: State, error: Rows, control: RowControl, at: Rows, reach: Tensor | None = None) -> list[Failed]:
     """The rows `at` that failed in a try from a state and its slope, each with its cause."""
     rows, t, h = on(before[0], at), control.t[at], control.h[at]
@@ -266,6 +214,7 @@ def failed_rows(before: State, error: Rows, control: RowControl, at: Rows, reach
     runaway = small & ((z * k).sum(dim=1) * control.way > 0)
     spent = Status.MAX_STEPS if control.tried >= control.max_steps else Status.STEP_UNDERFLOW
     status = np.full(len(at), int(spent))
+    status[control.tried - control.overflowed[at] < LATELY] = Status.BLOW_UP
     if reach is not None:
         status[(reach.isfinite() & (reach > STABILITY_LIMIT)).numpy()] = Status.STIFF
     status[runaway.numpy() | ~np.isfinite(error[at])] = Status.BLOW_UP
