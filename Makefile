@@ -1,9 +1,10 @@
-# make study   the main job in a fresh environment: PRESET=smoke|quick|full (quick is the default)
+# make study   the main job in a fresh environment: PRESET=smoke|quick|full (quick is the default), JOBS=2 processes
 # make test    the test suite;  make compiled, make slow  those left out;  make coverage  fails under 97 % of the branches
 # make lint, docs, bench, clean
 # On Linux without an NVIDIA GPU, TORCH_INDEX=https://download.pytorch.org/whl/cpu saves gigabytes of CUDA packages.
 PYTHON ?= python3
 PRESET ?= quick
+JOBS ?= 2
 ARGS ?=
 TORCH_INDEX ?=
 
@@ -16,7 +17,7 @@ INSTALL := $(PIP) install --quiet --constraint constraints.txt
 .DELETE_ON_ERROR:
 
 study: $(VENV)/.examples
-	$(BIN)/python -u examples/sodef_mnist.py --preset $(PRESET) $(ARGS)
+	$(BIN)/python -u examples/sodef_mnist.py --preset $(PRESET) --jobs $(JOBS) $(ARGS)
 
 test: $(VENV)/.test
 	$(BIN)/python -m pytest -n 2 -m "not slow and not compiled" $(ARGS)

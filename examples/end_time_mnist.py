@@ -2,7 +2,7 @@
 
     python examples/end_time_mnist.py --preset smoke     under a minute: the whole path on a small part of the data
     python examples/end_time_mnist.py                    preset quick: under 15 minutes on 2 cores
-    python examples/end_time_mnist.py --preset full      the small net whole, about 75 minutes on one core; with
+    python examples/end_time_mnist.py --preset full      the small net whole, about an hour on one core; with
                                                          --device cuda the large net too
 
 A run that was stopped goes on where it was when it is started again with the same arguments.

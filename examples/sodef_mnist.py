@@ -1,8 +1,8 @@
 """Does noise make a stable neural ODE more robust? The MNIST study, from data to report.
 
     python examples/sodef_mnist.py --preset smoke     under a minute: the whole path on a small part of the data
-    python examples/sodef_mnist.py                    preset quick: under 15 minutes on 2 cores
-    python examples/sodef_mnist.py --preset full      a GPU, or a night
+    python examples/sodef_mnist.py                    preset quick: some 20 minutes of one core; --jobs 2 for two
+    python examples/sodef_mnist.py --preset full      a GPU, or several nights; --budget 60 stops after an hour
 
 A run that was stopped goes on where it was when it is started again with the same arguments. `--jobs 4` shares the
 cells out among four processes; `torchrun --nproc-per-node=4 examples/sodef_mnist.py` trains every model on all of them.

@@ -70,6 +70,7 @@ def test_the_other_losses_have_their_sources_constants() -> None:
     assert (OFFICIAL_TRADES.optimiser, OFFICIAL_TRADES.lr, OFFICIAL_TRADES.epochs) == (SGD(momentum=0.9), 0.01, 100)
     trained = {name: row for name, row in ROWS.items() if name.startswith("M12")}
     assert set(trained) == {f"M12-{loss}-M{i}" for loss in ("pgd", "trades") for i in (0, 1, 3)}
+    assert all(row.start == name.rpartition("-")[2] for name, row in trained.items())
     for loss in ("pgd", "trades"):  # the same steps of optimiser and attack with and without a block
         phases = [row.phases for name, row in trained.items() if loss in name]
         assert phases == [phases[0]] * 3 and phases[0][0].adversary.eps == 0.3

@@ -92,7 +92,7 @@ def run(
     for cell in missing:
         if reason := ledger.reason(cell):
             say(f"{cell.name}: not computed, {reason}")
-    if over := sum(ledger.reason(cell) is None for cell in missing):
+    if minutes is not None and (over := sum(ledger.reason(cell) is None for cell in missing)):
         say(f"{over} cells were not begun within {minutes:g} minutes; run again to go on")
     ledger.write()
     return out / "run.json"

@@ -23,12 +23,10 @@ def _forgetting(results: Results) -> list[str]:
         best = max(curve["clean"])
         good = [end for end, share in zip(curve["ends"], curve["clean"], strict=True) if share >= best - 0.1]
         parts.append(f"{results.title(name)}: {min(good):g} to {max(good):g}")
-    span = f"{curve['ends'][0]:g} to {curve['ends'][-1]:g}" if parts else ""
-    return (
-        [f"End times with an accuracy within 10 points of the net's best, of {span}: {'; '.join(parts)}."]
-        if parts
-        else []
-    )
+    if not parts:
+        return []
+    span = f"{curve['ends'][0]:g} to {curve['ends'][-1]:g}"
+    return [f"End times with an accuracy within 10 points of the net's best, of {span}: {'; '.join(parts)}."]
 
 
 def _clipping(results: Results) -> list[str]:

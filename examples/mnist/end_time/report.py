@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from ..records import Record
 from ..results import percent
 from . import figures
 from .findings import findings
@@ -33,7 +34,8 @@ def _opening(results: Results) -> str:
         "A net is trained with its ODE solved to one end time T and tested with it solved to another, t. Brackets hold "
         f"Wilson 95 % intervals. FGSM has epsilon {results.run['eps']:g}; each attack is made for the end time at "
         "which it is judged. The blog's FGSM did not stop at black and white, so its adversarial images are outside "
-        "[0, 1]; the same attack inside [0, 1] stands beside it."
+        "[0, 1]; the same attack inside [0, 1] stands beside it. The blog's settings ask for 100 epochs; here a net "
+        f"was trained for {_epochs(results)}, from one seed."
     )
     return "\n\n".join([*lines, *findings(results)])
 
@@ -93,14 +95,16 @@ def _solvers(results: Results) -> str:
         for steps in row.get("answers", {}):
             cell = results.record(name, "answers", steps).result
             changed = [_changed(*pair) for pair in zip(cell["answers"], usual.result["answers"], strict=True)]
-            texts = [f"{100 * a:.2f} ({100 * c:.1f})" for a, c in zip(cell["clean"], changed, strict=True)]
-            rows.append([row["title"] if len(rows) % len(row["answers"]) == 0 else "", steps, *texts])
+            texts = [
+                f"{percent(a, cell['n'])}, {100 * c:.1f} changed" for a, c in zip(cell["clean"], changed, strict=True)
+            ]
+            rows.append([row["title"] if steps == results.run["evaluation"] else "", steps, *texts])
     if not rows:
         return ""
     header = ["net", "stepped by", *(f"t = {column}" for column in results.columns)]
     text = (
-        "Every number above is taken by one rule of stepping, the first of each net below. In parentheses: the share "
-        "of the images, in %, whose answer changes when the step is halved, or taken as the blog's solver takes it."
+        "Every other number here is taken by one rule of stepping, the first of each net below. *Changed*: the share "
+        "of the images, in %, whose answer is another when the step is halved, or taken as the blog's solver takes it."
     )
     return f"## Does the solver matter?\n\n{text}\n\n" + markdown(results, "Clean accuracy in %", header, rows)
 
@@ -154,21 +158,34 @@ def _training(results: Results) -> str:
     rows = []
     for name in results.trained():
         record = results.record(name, "train")
-        row, size = record["config"]["row"], record["config"]["sizes"][0]
-        epochs = row["batches"] / max(1, size // row["batch"])
+        row, n = record["config"]["row"], record["config"]["sizes"][1]
+        epochs = _trained_for(record)
         last = record.result["log"][-1]
-        validation = " / ".join(f"{100 * share:.1f}" for share in record.result["validation"])
+        validation = [percent(share, n) for share in record.result["validation"]]
         rows.append([
             results.title(name), f"{record.result['parameters']:,}", f"{row['batches']:,} ({epochs:.1f} epochs)",
-            _adversarial(row["pgd"]), f"{last['loss']:.3f}", f"{last['gradient']:.2g}", validation,
+            _adversarial(row["pgd"]), f"{last['loss']:.3f}", f"{last['gradient']:.2g}", *validation,
             f"{record['seconds']:.0f}",
         ])  # fmt: skip
     if not rows:
         return ""
-    columns = ", ".join(results.columns)
     header = ["net", "parameters", "batches", "adversarial half", "last loss", "last gradient norm",
-              f"validation at t = {columns}, %", "seconds"]  # fmt: skip
-    return "## Training\n\n" + markdown(results, "Training of each net", header, rows)
+              *(f"t = {column}" for column in results.columns), "seconds"]  # fmt: skip
+    return "## Training\n\n" + markdown(
+        results, "Training of each net; accuracy on the validation set in %", header, rows
+    )
+
+
+def _trained_for(record: Record) -> float:
+    """The epochs of a net's training."""
+    row, size = record["config"]["row"], record["config"]["sizes"][0]
+    return row["batches"] / max(1, size // row["batch"])
+
+
+def _epochs(results: Results) -> str:
+    found = [_trained_for(results.record(name, "train")) for name in results.trained()]
+    low, high = f"{min(found):.1f}", f"{max(found):.1f}"
+    return f"{low} epochs" if low == high else f"{low} to {high} epochs"
 
 
 def _adversarial(pgd: dict[str, Any] | None) -> str:
@@ -191,7 +208,7 @@ moved to [-0.5, 0.5]. Different from the blog:
   (github.com/rajatvd/NeuralODE, adversarial.py) cuts a perturbation to the ball around the current point instead of the
   image, which never binds: from a random start within 0.3, 40 steps of 0.01 may lead to 0.7.
 
-The test set was used once, after all training.
+The test set was used after all training only.
 
 All stages together: {seconds:.0f} s on {machine}; {versions}; commit {commit}."""
 

@@ -1,4 +1,4 @@
-"""Rows of a stiff batch that step by themselves: who leaves it, who is refused, and that the others do not notice."""
+"""Rows of a stiff solve: what one of them comes to is nothing to the others."""
 
 from __future__ import annotations
 
@@ -12,6 +12,15 @@ from torch import Tensor
 from odelayers import Backprop, Checkpoint, Dopri5, ODEBlock, Rodas5P, SolveError, Status
 
 F64 = torch.float64
+
+
+def test_only_the_rows_that_have_not_arrived_fail_when_the_budget_is_spent() -> None:
+    """A fast oscillator spends the steps; the row at rest has long arrived."""
+    speed = torch.tensor([[0.1], [500.0], [0.1]], dtype=F64)
+    block = ODEBlock(lambda t, z, w: w * torch.cos(w * t) - z, solver=Rodas5P(max_steps=60), time=True)
+    with pytest.raises(SolveError, match="60 steps tried") as caught:
+        block(torch.zeros(3, 1, dtype=F64), context=speed)
+    assert (caught.value.rows, caught.value.status) == ((1,), Status.MAX_STEPS) and 0 < caught.value.t[0] < 1
 
 
 def ending(t: Tensor, z: Tensor, c: Tensor) -> Tensor:
