@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from examples.mnist.attacks import Attack, Threat, fgsm, input_gradient, margin, perturb, project
+from examples.mnist.attacks import PGD, Threat, fgsm, input_gradient, margin, perturb, project
 
 CLASSES = 4
 SHAPE = (1, 6, 6)
@@ -52,7 +52,7 @@ def test_pgd_breaks_a_linear_model_beyond_its_distance_and_never_below(norm, dua
     distances = distance_to_boundary(model, images, labels, dual)
     for image, label, exact in zip(images.split(1), labels.split(1), distances.tolist(), strict=True):
         for factor, broken in [(0.98, False), (1.02, True)]:
-            attack = Attack(loss, steps=40, restarts=2, rate=8.0)
+            attack = PGD(loss, steps=40, restarts=2, rate=8.0)
             found = perturb(model, image, label, Threat(norm, factor * exact), attack, generator())
             assert 0 < found.min() and found.max() < 1, "the closed form knows no box"
             if classes == 2 or not broken:
@@ -73,7 +73,7 @@ def test_pgd_reaches_the_closed_form_optimum_of_two_classes(norm):
     dual = (model[1].weight[0] - model[1].weight[1]).norm(p=1 if norm == "linf" else 2)
     untouched = before + eps * dual < 0
     assert untouched.sum() >= 10
-    found = perturb(model, images, labels, Threat(norm, eps), Attack("margin", steps=20, rate=10.0), generator())
+    found = perturb(model, images, labels, Threat(norm, eps), PGD("margin", steps=20, rate=10.0), generator())
     after = margin(model(found), labels)
     torch.testing.assert_close(after[untouched], (before + eps * dual)[untouched], rtol=1e-4, atol=1e-6)
 
@@ -85,7 +85,7 @@ def test_adversarial_images_stay_in_the_ball_and_in_the_unit_cube(curved, norm, 
     """Every returned image is within eps of its own and within [0, 1], also where the ball is cut by the cube."""
     model, images, labels = curved
     images = images.round()  # corners of the cube: half of every ball lies outside
-    attack = Attack("ce", steps=5, restarts=2, random_start=random_start)
+    attack = PGD("ce", steps=5, restarts=2, random_start=random_start)
     found = perturb(model, images, labels, Threat(norm, eps), attack, generator())
     change = (found - images).flatten(1)
     size = change.abs().amax(1) if norm == "linf" else change.norm(dim=1)
@@ -132,7 +132,7 @@ def test_pgd_equals_foolbox_step_by_step(curved, norm, foolbox):
     oracle = kind(abs_stepsize=2.5 * eps / steps, steps=steps, random_start=False)
     theirs, broken = run_foolbox(foolbox, oracle, model, images, labels, eps)
     assert not broken.any()
-    ours = perturb(model, images, labels, Threat(norm, eps), Attack("ce", steps, random_start=False), generator())
+    ours = perturb(model, images, labels, Threat(norm, eps), PGD("ce", steps, random_start=False), generator())
     # The best iterate is ours to keep; the last is foolbox's: margins agree, and nearly always so do the pixels.
     assert (margin(model(ours), labels) >= margin(model(theirs), labels) - 1e-6).all()
     same = (ours - theirs).abs().flatten(1).amax(1) < 1e-5
@@ -147,7 +147,7 @@ def test_pgd_is_no_weaker_than_foolbox(curved, norm, foolbox):
     kind = foolbox.attacks.LinfPGD if norm == "linf" else foolbox.attacks.L2PGD
     oracle = kind(abs_stepsize=2.5 * eps / 20, steps=20, random_start=False)
     _, theirs = run_foolbox(foolbox, oracle, model, images, labels, eps)
-    found = perturb(model, images, labels, Threat(norm, eps), Attack("ce", 20, random_start=False), generator())
+    found = perturb(model, images, labels, Threat(norm, eps), PGD("ce", 20, random_start=False), generator())
     ours = margin(model(found), labels) > 0
     assert 0 < theirs.sum() < len(theirs)
     assert ours.sum() >= theirs.sum()
@@ -162,7 +162,7 @@ def test_a_surrogates_gradient_breaks_what_a_masker_hides(linear):
         return logits + ((logits * 1e3).round() / 1e3 - logits).detach() - (logits - logits.detach())
 
     threat = Threat("l2", 1.2 * distance_to_boundary(model, images, labels, 2).max().item())
-    attack = Attack("margin", steps=20, random_start=False)
+    attack = PGD("margin", steps=20, random_start=False)
     gradient, _ = input_gradient(staircase, images, labels)
     assert gradient.abs().max() == 0
     white = perturb(staircase, images, labels, threat, attack, generator())
@@ -183,7 +183,7 @@ def test_success_is_judged_on_the_model_not_on_its_surrogate():
 
     for image, label, reach in zip(images.split(1), labels.split(1), eps.tolist(), strict=True):
         labels = label
-        attack = Attack("margin", steps=20)
+        attack = PGD("margin", steps=20)
         found = perturb(model, image, label, Threat("l2", reach), attack, generator(), gradient_from=fooled)
         assert margin(model(found), label) > 0
 
@@ -214,7 +214,7 @@ def test_noise_stays_on_and_its_mean_margin_falls(curved):
         calls.append(len(x))
         return inner(x)
 
-    found = perturb(attacked, images, labels, Threat("l2", 0.2), Attack("ce", steps=6), generator())
+    found = perturb(attacked, images, labels, Threat("l2", 0.2), PGD("ce", steps=6), generator())
     assert calls.count(len(images)) >= 7, "no sample is dropped for one bad draw"
     judge = noisy(model, 0.1, 200, seed=8)
     assert (margin(judge(found), labels).mean(0) > margin(judge(images), labels).mean(0)).all()
@@ -223,7 +223,7 @@ def test_noise_stays_on_and_its_mean_margin_falls(curved):
 def test_the_same_generator_gives_the_same_attack(curved):
     """Random starts come from the generator alone; another seed gives other starts."""
     model, images, labels = curved
-    threat, attack = Threat("linf", 0.05), Attack("ce", steps=2)
+    threat, attack = Threat("linf", 0.05), PGD("ce", steps=2)
     one, two = (perturb(model, images, labels, threat, attack, generator()) for _ in range(2))
     other = perturb(model, images, labels, threat, attack, torch.Generator().manual_seed(4))
     assert torch.equal(one, two)
@@ -235,7 +235,7 @@ def test_more_restarts_never_help_the_model(curved):
     model, images, labels = curved
     threat = Threat("linf", 0.03)
     once, often = (
-        margin(model(perturb(model, images, labels, threat, Attack("ce", 4, n), generator())), labels) for n in (1, 5)
+        margin(model(perturb(model, images, labels, threat, PGD("ce", 4, n), generator())), labels) for n in (1, 5)
     )
     assert (often >= once - 1e-6).all()
 
@@ -249,11 +249,11 @@ def test_a_gradient_that_is_not_finite_is_an_error(curved):
             images,
             labels,
             Threat("l2", 1.0),
-            Attack(),
+            PGD(),
             generator(),
         )
     with pytest.raises(RuntimeError, match="logits are not finite"):
-        perturb(lambda x: model(x) * float("nan"), images, labels, Threat("l2", 1.0), Attack(), generator())
+        perturb(lambda x: model(x) * float("nan"), images, labels, Threat("l2", 1.0), PGD(), generator())
 
 
 def test_wrong_settings_are_refused_by_name():
@@ -263,6 +263,6 @@ def test_wrong_settings_are_refused_by_name():
     with pytest.raises(ValueError, match="eps"):
         Threat("l2", 0.0)
     with pytest.raises(ValueError, match="PGD.loss: expected one of 'ce', 'margin', 'dlr'"):
-        Attack("hinge")
+        PGD("hinge")
     with pytest.raises(ValueError, match="restarts"):
-        Attack(restarts=0)
+        PGD(restarts=0)

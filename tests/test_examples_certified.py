@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from examples.mnist import certified
-from examples.mnist.attacks import Attack, Threat, margin, perturb
+from examples.mnist.attacks import PGD, Threat, margin, perturb
 from examples.mnist.certified import AlmostOrthogonal, CertifiedClassifier, ConvolutionalPotential, Recipe
 from examples.mnist.data import Dataset, Split, load
 from odelayers import Euler, ODEBlock, SolveError
@@ -176,7 +176,7 @@ def test_no_attack_succeeds_within_the_certified_radius(model: CertifiedClassifi
         found = [
             perturb(
                 model, images[i : i + 1], labels[i : i + 1], Threat("l2", factor * radii[i].item()),
-                Attack(loss, steps=20), generator(),
+                PGD(loss, steps=20), generator(),
             )
             for i in sure.tolist()
         ]  # fmt: skip

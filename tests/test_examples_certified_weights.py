@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from examples.mnist import certified
-from examples.mnist.attacks import Attack, Threat, margin, perturb
+from examples.mnist.attacks import PGD, Threat, margin, perturb
 from examples.mnist.data import load
 
 WEIGHTS = Path(__file__).parents[1] / "docs" / "results" / "weights" / "m14.safetensors"
@@ -67,7 +67,7 @@ def test_no_attack_breaks_a_certified_test_image(model, eps: float) -> None:
     """PGD on the margin breaks images that are not certified, and none that is."""
     test = load(say=lambda text: None).test.first(500)
     sure = model.certified_radius(test.images, test.labels) > eps
-    found = perturb(model, test.images, test.labels, Threat("l2", eps), Attack("margin", 20), torch.Generator())
+    found = perturb(model, test.images, test.labels, Threat("l2", eps), PGD("margin", 20), torch.Generator())
     broken = margin(model(found), test.labels) > 0
     assert not (broken & sure).any()
     assert (broken & ~sure).any() and sure.any()

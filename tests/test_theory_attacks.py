@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings, strategies as st
 from torch import Tensor, nn
 
-from examples.mnist.attacks import Attack, Threat, margin, perturb, project
+from examples.mnist.attacks import PGD, Threat, margin, perturb, project
 from strategies import seeds
 
 NORMS = st.sampled_from(["linf", "l2"])
@@ -34,7 +34,7 @@ def test_what_is_found_lies_in_the_ball_and_in_the_cube(
 ) -> None:
     """|x - x0| <= eps and 0 <= x <= 1, whatever the attack (definition of the threat)."""
     model, images, labels = case(seed)
-    attack = Attack(loss, steps=4, restarts=restarts, random_start=random_start)
+    attack = PGD(loss, steps=4, restarts=restarts, random_start=random_start)
     found = perturb(model, images, labels, Threat(norm, eps), attack, torch.Generator().manual_seed(seed))
     assert (length(found - images, norm) <= eps * (1 + 1e-9)).all()
     assert found.min() >= 0 and found.max() <= 1
@@ -55,9 +55,7 @@ def test_the_worst_case_falls_as_the_set_of_attacks_grows(seed: int, norm: str) 
     model, images, labels = case(seed)
     threat, right = Threat(norm, 0.05 if norm == "linf" else 0.3), torch.ones(8, dtype=torch.bool)
     alone, accuracies = [], []
-    for k, attack in enumerate(
-        (Attack("ce", 1), Attack("ce", 6), Attack("margin", 6), Attack("margin", 6, restarts=2))
-    ):
+    for k, attack in enumerate((PGD("ce", 1), PGD("ce", 6), PGD("margin", 6), PGD("margin", 6, restarts=2))):
         generator = torch.Generator().manual_seed(seed + k)
         stands = margin(model(perturb(model, images, labels, threat, attack, generator)), labels) <= 0
         right = right & stands
@@ -75,7 +73,7 @@ def test_hits_that_carry_over_stay_hits_at_a_larger_radius(seed: int, norm: str)
     carried, accuracies = images.clone(), [8]
     for eps in (0.02, 0.1, 0.3, 0.9):
         threat, generator = Threat(norm, eps), torch.Generator().manual_seed(seed)
-        found = perturb(model, images, labels, threat, Attack("ce", 3), generator)
+        found = perturb(model, images, labels, threat, PGD("ce", 3), generator)
         hit = margin(model(carried), labels) > 0
         carried = torch.where(hit[:, None, None, None], carried, found)
         assert (length(carried - images, norm) <= eps * (1 + 1e-9)).all() and carried.min() >= 0 and carried.max() <= 1
@@ -93,7 +91,7 @@ def test_without_carrying_over_a_larger_radius_may_miss() -> None:
     image, label = torch.full((1, 1), 0.5, dtype=torch.float64), torch.tensor([0])
     stands = []
     for eps in (0.1, 0.3):
-        attack = Attack("ce", steps=1, rate=1.0, random_start=False)
+        attack = PGD("ce", steps=1, rate=1.0, random_start=False)
         found = perturb(model, image, label, Threat("linf", eps), attack, torch.Generator())
         stands.append((margin(model(found), label) <= 0).item())
     assert stands == [False, True]

@@ -52,6 +52,8 @@ class _Ledger:
 
     def write(self) -> None:
         """The manifest: each cell with its file, None where there is none yet, and why where there will be none."""
+        if self.silent:
+            return
         cells = [
             {
                 "kind": cell.kind, "model": cell.model, "seed": cell.seed, "threat": cell.threat and str(cell.threat),
@@ -59,8 +61,6 @@ class _Ledger:
             }
             for cell in self.cells
         ]  # fmt: skip
-        if self.silent:
-            return
         first, second, threat = self.preset.primary
         write(self.out / "run.json", {**self.about, "primary": [first, second, str(threat)], "cells": cells})
 

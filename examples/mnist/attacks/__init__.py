@@ -10,14 +10,13 @@ from __future__ import annotations
 
 from .auto import AutoAttack
 from .common import Best, Counted, Method, Model, Threat, margin, project
-from .gradient import PGD, Attack, Transfer, fgsm, input_gradient, perturb
+from .gradient import PGD, Transfer, fgsm, input_gradient, perturb
 from .search import SimBA, Square
 from .spsa import SPSA
 
 __all__ = [
     "PGD",
     "SPSA",
-    "Attack",
     "AutoAttack",
     "Best",
     "Counted",

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .common import Best, Method, Model, Threat, Tick, project, silent
+from .common import Best, Method, Model, Threat, Tick, project
 
 __all__ = ["AutoAttack"]
 
@@ -43,33 +43,23 @@ class AutoAttack(Method):
         """One a pass of the model."""
         return PASSES[self.version]
 
-    def run(
-        self,
-        model: Model,
-        images: Tensor,
-        labels: Tensor,
-        threat: Threat,
-        generator: torch.Generator,
-        *,
-        gradient_from: Model | None = None,
-        tick: Tick = silent,
-    ) -> Tensor:
-        """See `Method.run`; with `gradient_from` the library attacks that model, and what it finds is judged here."""
-        best = Best(model, images, labels)
+    def search(
+        self, best: Best, images: Tensor, threat: Threat, generator: torch.Generator, source: Model | None, tick: Tick
+    ) -> None:
+        """See `Method.search`; with `source` the library attacks that model, and what it finds is judged here."""
         if best.draws is not None and self.version == "standard":
             raise ValueError("AutoAttack: the standard version is for models without noise; use AutoAttack('rand')")
         rows = best.left()
 
         def logits(x: Tensor) -> Tensor:
             tick()
-            answer = (gradient_from or model)(x)
+            answer = (source or best.model)(x)
             return answer if answer.ndim == 2 else answer.mean(0)
 
         if len(rows):
             seed = int(torch.randint(2**31, (), generator=generator, device=generator.device))
-            found = _library(logits, images[rows], labels[rows], threat, self.version, seed)
+            found = _library(logits, images[rows], best.labels[rows], threat, self.version, seed)
             best.judge(rows, project(found, images[rows], threat))
-        return best.images
 
 
 def _library(model: Model, images: Tensor, labels: Tensor, threat: Threat, version: str, seed: int) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -43,6 +44,8 @@ class Method(ABC):
 
     kind: str = field(init=False, repr=False)
 
+    gradients: ClassVar[str] = "own"  # or of a stand-in; "none", or "another's" model
+
     def __post_init__(self) -> None:
         object.__setattr__(self, "kind", type(self).__name__)
 
@@ -51,7 +54,6 @@ class Method(ABC):
     def ticks(self) -> int:
         """The most calls of `tick` in one run; samples that are broken early make it fewer."""
 
-    @abstractmethod
     def run(
         self,
         model: Model,
@@ -73,6 +75,19 @@ class Method(ABC):
             RuntimeError: a gradient or a logit is not finite.
             ValueError: the attack has no use for `gradient_from`, or cannot do without.
         """
+        if self.gradients == "none" and gradient_from is not None:
+            raise ValueError(f"{self.kind} takes no gradient: gradient_from has no meaning here; leave it out")
+        if self.gradients == "another's" and gradient_from is None:
+            raise ValueError(f"{self.kind}: expected the model that the images are made on as gradient_from, got None")
+        best = Best(model, images, labels)
+        self.search(best, images, threat, generator, gradient_from, tick)
+        return best.images
+
+    @abstractmethod
+    def search(
+        self, best: Best, images: Tensor, threat: Threat, generator: torch.Generator, source: Model | None, tick: Tick
+    ) -> None:
+        """Find better images for `best`; `source` is what gradients come from, None for the model itself."""
 
     def _at_least(self, least: float, *names: str) -> None:
         for name in names:
@@ -88,10 +103,6 @@ class Method(ABC):
         if getattr(self, name) not in choices:
             expected = ", ".join(map(repr, choices))
             raise ValueError(f"{self.kind}.{name}: expected one of {expected}, got {getattr(self, name)!r}")
-
-    def _black_box(self, gradient_from: Model | None) -> None:
-        if gradient_from is not None:
-            raise ValueError(f"{self.kind} takes no gradient: gradient_from has no meaning here; leave it out")
 
 
 def margin(logits: Tensor, labels: Tensor) -> Tensor:

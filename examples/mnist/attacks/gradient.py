@@ -23,7 +23,7 @@ from .common import (
     silent,
 )
 
-__all__ = ["PGD", "Attack", "Transfer", "fgsm", "input_gradient", "perturb"]
+__all__ = ["PGD", "Transfer", "fgsm", "input_gradient", "perturb"]
 
 
 @dataclass(frozen=True)
@@ -56,19 +56,10 @@ class PGD(Method):
         """One a step."""
         return self.steps * self.restarts
 
-    def run(
-        self,
-        model: Model,
-        images: Tensor,
-        labels: Tensor,
-        threat: Threat,
-        generator: torch.Generator,
-        *,
-        gradient_from: Model | None = None,
-        tick: Tick = silent,
-    ) -> Tensor:
-        """See `Method.run`."""
-        best = Best(model, images, labels)
+    def search(
+        self, best: Best, images: Tensor, threat: Threat, generator: torch.Generator, source: Model | None, tick: Tick
+    ) -> None:
+        """See `Method.search`."""
         step = self.rate * threat.eps / self.steps
         for restart in range(self.restarts):
             rows = best.left()
@@ -79,8 +70,8 @@ class PGD(Method):
                 if not len(rows):
                     break
                 tick()
-                gradient, found = input_gradient(gradient_from or model, x, labels[rows], self.loss)
-                if gradient_from is None:
+                gradient, found = input_gradient(source or best.model, x, best.labels[rows], self.loss)
+                if source is None:
                     best.keep(rows, x, found)
                 else:
                     found = best.judge(rows, x)
@@ -89,10 +80,6 @@ class PGD(Method):
                 x = project(x + step * ascent(gradient, threat.norm), images[rows], threat)
             if len(rows):
                 best.judge(rows, x)
-        return best.images
-
-
-Attack = PGD
 
 
 def fgsm(eps: float) -> tuple[Threat, PGD]:
@@ -137,6 +124,8 @@ class Transfer(Method):
     On the other model the attack goes on to its end: an image that just crosses one boundary seldom crosses two.
     """
 
+    gradients = "another's"
+
     attack: Method = PGD("margin", 40)
 
     def __str__(self) -> str:
@@ -147,27 +136,14 @@ class Transfer(Method):
         """Those of the attack on the other model."""
         return self.attack.ticks
 
-    def run(
-        self,
-        model: Model,
-        images: Tensor,
-        labels: Tensor,
-        threat: Threat,
-        generator: torch.Generator,
-        *,
-        gradient_from: Model | None = None,
-        tick: Tick = silent,
-    ) -> Tensor:
-        """See `Method.run`; `gradient_from` is the other model."""
-        if gradient_from is None:
-            raise ValueError("Transfer: expected the model that the images are made on as gradient_from, got None")
+    def search(
+        self, best: Best, images: Tensor, threat: Threat, generator: torch.Generator, source: Model | None, tick: Tick
+    ) -> None:
+        """See `Method.search`; `source` is the other model."""
 
         def draws(x: Tensor) -> Tensor:  # a model with draws is never done
-            logits = gradient_from(x)
+            logits = source(x)
             return logits if logits.ndim == 3 else logits.unsqueeze(0)
 
-        best = Best(model, images, labels)
-        best.judge(torch.arange(len(images), device=images.device), self.attack.run(
-            draws, images, labels, threat, generator, tick=tick
-        ))  # fmt: skip
-        return best.images
+        made = self.attack.run(draws, images, best.labels, threat, generator, tick=tick)
+        best.judge(torch.arange(len(images), device=images.device), made)

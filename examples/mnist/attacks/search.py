@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .common import Best, Method, Model, Threat, Tick, beside, length, project, silent
+from .common import Best, Method, Model, Threat, Tick, beside, length, project
 
 __all__ = ["SimBA", "Square"]
 
@@ -58,6 +58,8 @@ class SimBA(Method):
     Source: Guo et al., Simple Black-box Adversarial Attacks, ICML 2019.
     """
 
+    gradients = "none"
+
     basis: str = "dct"
     steps: int = 1000
     rate: float = 0.2
@@ -79,20 +81,10 @@ class SimBA(Method):
         """One a vector."""
         return self.steps
 
-    def run(
-        self,
-        model: Model,
-        images: Tensor,
-        labels: Tensor,
-        threat: Threat,
-        generator: torch.Generator,
-        *,
-        gradient_from: Model | None = None,
-        tick: Tick = silent,
-    ) -> Tensor:
-        """See `Method.run`."""
-        self._black_box(gradient_from)
-        best = Best(model, images, labels)
+    def search(
+        self, best: Best, images: Tensor, threat: Threat, generator: torch.Generator, source: Model | None, tick: Tick
+    ) -> None:
+        """See `Method.search`."""
         search = _Search(best, images)
         channels, *size = images.shape[1:]
         down, across = (self._vectors(n, images) for n in size)
@@ -115,7 +107,6 @@ class SimBA(Method):
             for sign in (1, -1):
                 stay = search.offer(project(search.x[stay] + sign * step[stay], search.images[stay], threat), stay)
             order = order[search.drop()]
-        return best.images
 
     def _vectors(self, n: int, like: Tensor) -> Tensor:
         """The basis along one axis of length n, orthonormal rows: pixels, or the lowest waves of the DCT-II."""
@@ -137,6 +128,8 @@ class Square(Method):
     Source: Andriushchenko et al., Square Attack, ECCV 2020, algorithms 1 to 3.
     """
 
+    gradients = "none"
+
     queries: int = 5000
     p: float = 0.8
 
@@ -155,23 +148,13 @@ class Square(Method):
         """One a query."""
         return self.queries
 
-    def run(
-        self,
-        model: Model,
-        images: Tensor,
-        labels: Tensor,
-        threat: Threat,
-        generator: torch.Generator,
-        *,
-        gradient_from: Model | None = None,
-        tick: Tick = silent,
-    ) -> Tensor:
-        """See `Method.run`."""
-        self._black_box(gradient_from)
-        best = Best(model, images, labels)
+    def search(
+        self, best: Best, images: Tensor, threat: Threat, generator: torch.Generator, source: Model | None, tick: Tick
+    ) -> None:
+        """See `Method.search`."""
         search, draw = _Search(best, images), _Draw(generator, images.device)
         if not len(search.rows):
-            return best.images
+            return
         first, move = (_stripes, _move_linf) if threat.norm == "linf" else (_pyramids, _move_l2)
         tick()
         search.start(first(search.images, threat, draw))
@@ -184,7 +167,6 @@ class Square(Method):
             x = move(search.x, search.images, round(side), threat, draw)
             search.offer(x, torch.arange(len(x), device=x.device))
             search.drop()
-        return best.images
 
     def _share(self, i: int) -> float:
         """The share of the image in query i: halved at these of 10,000 queries, in proportion for fewer or more."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .common import Best, Method, Model, Threat, Tick, ascent, check_finite, margin, over_draws, project, silent
+from .common import Best, Method, Model, Threat, Tick, ascent, check_finite, margin, over_draws, project
 
 __all__ = ["SPSA"]
 
@@ -28,6 +28,8 @@ class SPSA(Method):
     Source: Uesato et al., Adversarial Risk and the Dangers of Evaluating Against Weak Attacks, ICML 2018.
     """
 
+    gradients = "none"
+
     steps: int = 100
     samples: int = 128
     delta: float = 0.01
@@ -46,20 +48,10 @@ class SPSA(Method):
         """One a step."""
         return self.steps
 
-    def run(
-        self,
-        model: Model,
-        images: Tensor,
-        labels: Tensor,
-        threat: Threat,
-        generator: torch.Generator,
-        *,
-        gradient_from: Model | None = None,
-        tick: Tick = silent,
-    ) -> Tensor:
-        """See `Method.run`."""
-        self._black_box(gradient_from)
-        best = Best(model, images, labels)
+    def search(
+        self, best: Best, images: Tensor, threat: Threat, generator: torch.Generator, source: Model | None, tick: Tick
+    ) -> None:
+        """See `Method.search`."""
         rows = best.left()
         x, moments = (
             images[rows],
@@ -70,13 +62,12 @@ class SPSA(Method):
             if not len(rows):
                 break
             tick()
-            gradient = self._estimate(model, x, labels[rows], best.draws or 1, generator)
+            gradient = self._estimate(best.model, x, best.labels[rows], best.draws or 1, generator)
             moments[0].lerp_(gradient, 1 - FIRST)
             moments[1].lerp_(gradient.square(), 1 - SECOND)
             x = project(x + step * _direction(moments, t, threat.norm), images[rows], threat)
             left = best.undone(best.judge(rows, x))
             rows, x, moments = rows[left], x[left], moments[:, left]
-        return best.images
 
     @torch.no_grad()
     def _estimate(self, model: Model, x: Tensor, labels: Tensor, draws: int, generator: torch.Generator) -> Tensor:

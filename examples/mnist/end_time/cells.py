@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, cross_entropy
 
-from ..attacks import Attack, Threat, fgsm, input_gradient, margin, perturb
+from ..attacks import PGD, Threat, fgsm, input_gradient, margin, perturb
 from ..data import Split
 from ..progress import bar
 from .models import EndTimeNet
@@ -79,9 +79,9 @@ def strong_cell(net: EndTimeNet, data: Split, end: float, eps: float, seed: int,
     threat, (_, one) = Threat("linf", eps), fgsm(eps)
     plan = {
         "FGSM": (one, None),
-        "PGD-40, cross-entropy": (Attack("ce", steps=40), None),
-        "PGD-40, margin": (Attack("margin", steps=40), None),
-        "PGD-40, margin, gradient at t/10": (Attack("margin", steps=40), _detour(model, early)),
+        "PGD-40, cross-entropy": (PGD("ce", steps=40), None),
+        "PGD-40, margin": (PGD("margin", steps=40), None),
+        "PGD-40, margin, gradient at t/10": (PGD("margin", steps=40), _detour(model, early)),
     }
     start = torch.Generator(data.images.device).manual_seed(seed)
     right: dict[str, Tensor] = {"clean": _right(model, data.images, data.labels)}
