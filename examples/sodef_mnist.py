@@ -31,6 +31,9 @@ def options(parser: argparse.ArgumentParser) -> None:
     """What this study's command line says beside what all say."""
     parser.add_argument("--jobs", type=command.whole(1), default=1, help="processes that share the work (default: 1)")
     parser.add_argument(
+        "--models", type=lambda text: text.split(","), metavar="M0,M1", help="only the cells of these (default: all)"
+    )
+    parser.add_argument(
         "--budget", type=command.minutes, metavar="MINUTES", help="begin nothing new after so many minutes"
     )
 
@@ -46,7 +49,8 @@ def compute(preset: Preset, data: Dataset, given: argparse.Namespace, say: Calla
     about = {"preset": preset.name, "warning": preset.warning, "data": data.name, "banner": data.banner}
     with joined(str(given.device)) as device:
         make = partial(process, preset, given.data, given.out, given.seed, device, given.threads)
-        run(make, preset, {**about, "seed": given.seed}, given.out, jobs=given.jobs, minutes=given.budget, say=say)
+        limits = {"models": given.models, "minutes": given.budget}
+        run(make, preset, {**about, "seed": given.seed}, given.out, jobs=given.jobs, say=say, **limits)
 
 
 def main(argv: list[str] | None = None) -> int:

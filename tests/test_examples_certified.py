@@ -10,9 +10,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from examples.mnist import certified
+from examples.mnist import certified, certified_training
 from examples.mnist.attacks import PGD, Threat, margin, perturb
-from examples.mnist.certified import AlmostOrthogonal, CertifiedClassifier, ConvolutionalPotential, Recipe
+from examples.mnist.certified import CertifiedClassifier, ConvolutionalPotential, Recipe
+from examples.mnist.certified_training import AlmostOrthogonal
 from examples.mnist.data import Dataset, Split, load
 from odelayers import Euler, ODEBlock, SolveError
 
@@ -27,7 +28,7 @@ def digits() -> Dataset:
 @pytest.fixture(scope="module")
 def trained(digits: Dataset) -> tuple[CertifiedClassifier, list]:
     """A small model after three epochs of scikit-learn's digits, and its log."""
-    return certified.train(SMALL, digits, seed=0)
+    return certified_training.train(SMALL, digits, seed=0)
 
 
 @pytest.fixture
@@ -129,7 +130,7 @@ def test_a_step_too_long_for_its_weights_is_caught(model: CertifiedClassifier, d
     """Control: at h ||W||^2 = 4 the bound is 3 where it was 1, and searched pairs do move apart by more than 1."""
     assert model.lipschitz() == pytest.approx(1, abs=1e-5)
     block = getattr(model, part)[0]
-    linear = certified._linear(block)
+    linear = certified.linear(block)
     with torch.no_grad():
         linear.weight *= math.sqrt(2) / block.f.operator_norm()
         linear.bias += 5.0  # all units are active
@@ -190,7 +191,7 @@ def test_the_radius_does_not_depend_on_the_scale_of_the_pixels(model: CertifiedC
     other = CertifiedClassifier(replace(SMALL, scale=3.0))
     other.load_state_dict(model.state_dict())
     for block in other.blocks:
-        certified._linear(block).bias.data *= 3
+        certified.linear(block).bias.data *= 3
     images = digits.test.images[:40]
     torch.testing.assert_close(other(images), 3 * model(images), rtol=1e-4, atol=1e-4)
     assert other.lipschitz() == pytest.approx(3 * model.lipschitz(), rel=1e-12)
@@ -239,7 +240,7 @@ def test_the_same_seed_trains_the_same_model(digits: Dataset) -> None:
     for seed in (1, 1, 2):
         torch.manual_seed(torch.randint(1000, ()).item())
         state = torch.get_rng_state()
-        models.append(certified.train(brief, few, seed)[0])
+        models.append(certified_training.train(brief, few, seed)[0])
         assert torch.equal(torch.get_rng_state(), state)
     one, two, other = ([*m.state_dict().values()] for m in models)
     assert all(map(torch.equal, one, two)) and not all(map(torch.equal, one, other))
@@ -247,8 +248,8 @@ def test_the_same_seed_trains_the_same_model(digits: Dataset) -> None:
 
 def test_sealing_changes_no_logit(digits: Dataset) -> None:
     """The weights that training computes at every access become plain ones: same logits, plain state dict."""
-    scaled = certified.constrained(CertifiedClassifier(SMALL))
-    plain = certified.sealed(scaled)
+    scaled = certified_training.constrained(CertifiedClassifier(SMALL))
+    plain = certified_training.sealed(scaled)
     torch.testing.assert_close(plain(digits.test.images), scaled(digits.test.images))
     assert plain.state_dict().keys() == CertifiedClassifier(SMALL).state_dict().keys()
 
@@ -257,8 +258,8 @@ def test_sealing_changes_no_logit(digits: Dataset) -> None:
 def test_saved_weights_come_back_with_their_own_certificate(model, digits: Dataset, tmp_path, dtype) -> None:
     """The file holds weights and recipe; rounded to half they make another model, whose constant is its own."""
     path = tmp_path / "weights" / "m14.safetensors"
-    certified.save(path, model, dtype)
-    found = certified.load(path)
+    certified_training.save(path, model, dtype)
+    found = certified_training.load(path)
     assert found.recipe == model.recipe
     assert all(torch.equal(v, model.state_dict()[k].to(dtype).float()) for k, v in found.state_dict().items())
     norms = [block.f.operator_norm().item() for block in found.blocks]
@@ -271,10 +272,10 @@ def test_shifted_images_are_the_images_moved() -> None:
     image = torch.rand(1, 1, 5, 4)
     padded = nn.functional.pad(image, [1] * 4)[0]
     nine = torch.stack([padded[:, i : i + 5, j : j + 4] for i in range(3) for j in range(3)])
-    found = certified.shifted(image.expand(200, 1, 5, 4), 1, generator())
+    found = certified_training.shifted(image.expand(200, 1, 5, 4), 1, generator())
     equal = (found[:, None] == nine[None]).flatten(2).all(2)
     assert (equal.sum(1) == 1).all() and equal.any(0).all()
-    assert certified.shifted(image, 0, generator()) is image
+    assert certified_training.shifted(image, 0, generator()) is image
 
 
 @pytest.mark.parametrize(
@@ -291,4 +292,4 @@ def test_training_that_diverges_is_an_error(digits: Dataset) -> None:
     """States that are not finite are reported by the solver, not averaged away."""
     broken = Split(digits.train.images * math.nan, digits.train.labels)
     with pytest.raises(SolveError, match="NaN or inf"):
-        certified.train(replace(SMALL, epochs=1), replace(digits, train=broken))
+        certified_training.train(replace(SMALL, epochs=1), replace(digits, train=broken))

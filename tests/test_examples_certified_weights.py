@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from examples.mnist import certified
+from examples.mnist import certified, certified_training
 from examples.mnist.attacks import PGD, Threat, margin, perturb
 from examples.mnist.data import load
 
@@ -21,7 +21,7 @@ MNIST = pytest.mark.skipif("ODELAYERS_MNIST" not in os.environ, reason="ODELAYER
 
 @pytest.fixture(scope="module")
 def model() -> certified.CertifiedClassifier:
-    return certified.load(WEIGHTS)
+    return certified_training.load(WEIGHTS)
 
 
 def test_the_record_is_that_of_the_weights(model) -> None:
@@ -39,7 +39,7 @@ def test_the_shipped_model_moves_no_searched_pair_apart(model) -> None:
     """Gradient ascent on the ratio of distances from random pairs stays within the constant, and comes near it."""
     generator = torch.Generator().manual_seed(2)
     x, y = (torch.rand(20, 1, 28, 28, generator=generator).double().requires_grad_() for _ in range(2))
-    exact, best = certified.load(WEIGHTS).double(), 0.0
+    exact, best = certified_training.load(WEIGHTS).double(), 0.0
     optimiser = torch.optim.Adam([x, y], lr=0.02)
     for _ in range(60):
         ratios = (exact.states(x) - exact.states(y)).norm(dim=1) / (x - y).flatten(1).norm(dim=1)

@@ -11,12 +11,13 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, kl_div, log_softmax, softmax
 
 from examples.mnist import data as mnist_data
+from examples.mnist.accuracy import states
 from examples.mnist.adversary import Adversary
 from examples.mnist.models import Block, Classifier
 from examples.mnist.objective import Objective
 from examples.mnist.penalties import Constraints, LyaNet, SteadyState, Transport
 from examples.mnist.recipes import OFFICIAL_TRADES, Effort, further
-from examples.mnist.training import SGD, Adam, Diverged, Phase, states, train
+from examples.mnist.training import SGD, Adam, Diverged, Phase, train
 from odelayers import ODEBlock
 
 DIGITS = mnist_data.load("digits").first(64, 20, 20)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from .attacks import Threat
 from .presets import Group, Model, Preset
 
-__all__ = ["Cell", "needs", "plan"]
+__all__ = ["Cell", "needs", "plan", "with_needs"]
 
 KINDS = ("train", "clean", "attack", "spectra", "probe")  # of equal rank, the first are worth more
 
@@ -44,7 +44,7 @@ def plan(preset: Preset) -> list[Cell]:
         group = preset.suite.groups.index(cell.group) if cell.group else 0
         return not asked, 0 if asked else cell.seed, group, KINDS.index(cell.kind)
 
-    return _needs_first(preset, sorted(cells, key=rank))  # sorted() keeps the order of models
+    return with_needs(preset, sorted(cells, key=rank))  # sorted() keeps the order of models
 
 
 def _cells(preset: Preset, model: Model, seed: int) -> Iterator[Cell]:
@@ -54,7 +54,7 @@ def _cells(preset: Preset, model: Model, seed: int) -> Iterator[Cell]:
         yield Cell("spectra", model.name, seed)
     for group in preset.suite.groups:
         for threat in preset.suite.threats:
-            if group.covers(model, threat):
+            if group.covers(model, threat) and not (group.once and seed):
                 yield Cell("attack", model.name, seed, threat, group)
 
 
@@ -83,8 +83,8 @@ def _seed(preset: Preset, name: str, seed: int) -> int:
     return seed if seed < preset.model(name).seeds else 0
 
 
-def _needs_first(preset: Preset, cells: list[Cell]) -> list[Cell]:
-    """The same order, but every training moved before what needs it."""
+def with_needs(preset: Preset, cells: list[Cell]) -> list[Cell]:
+    """The same cells in the same order, but every training that one needs before it, added where it is missing."""
     done: dict[Cell, None] = {}
 
     def visit(cell: Cell) -> None:

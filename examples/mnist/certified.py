@@ -2,34 +2,27 @@
 
 Every block is explicit Euler over the negative gradient of a convex potential, f(z) = -W' relu(Wz + b). A step h has
 the Jacobian I - h W' D W, 0 <= D <= I, and so the Lipschitz constant max(1, h ||W||^2 - 1) (Meunier et al. 2022). All
-else before the head reorders pixels. In training the rows of W are scaled so that ||W|| <= 1, at h = 2 (Prach and
-Lampert 2022; Araujo et al. 2023); the certificate does not rely on that, but on an SVD of each W as it is.
+else before the head reorders pixels. The certificate is computed from an SVD of each W as it is.
 """
 
 from __future__ import annotations
 
 import copy
-import json
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.nn.functional import conv2d, conv_transpose2d, normalize, one_hot, pad, relu
-from torch.nn.utils import parametrize
+from torch.nn.functional import conv2d, conv_transpose2d, one_hot, relu
 
 from odelayers import ConvexPotential, Euler, ODEBlock
 from odelayers.heads import Head
 
-from .data import Dataset, Split
-from .progress import bar
+from .data import Split
 
-__all__ = ["CertifiedClassifier", "ConvolutionalPotential", "Recipe", "evaluate", "load", "save", "sealed", "train"]
+__all__ = ["CertifiedClassifier", "ConvolutionalPotential", "Recipe", "evaluate", "linear", "margins"]
 
 CLASSES, SIDE = 10, 28
 STEP = 2.0  # Euler's, so that ||W|| <= 1 is what keeps it from expanding
@@ -90,28 +83,11 @@ class ConvolutionalPotential(nn.Module):
         return torch.linalg.matrix_norm(self.matrix(), 2)
 
 
-class AlmostOrthogonal(nn.Module):
-    """Rows scaled so that ||W|| <= 1: by the absolute row sums of WW', of a matrix or a convolution of any size."""
-
-    def forward(self, weight: Tensor) -> Tensor:
-        """Scale a weight (rows, inputs) or (rows, channels, k, k)."""
-        if weight.ndim == 2:
-            sums = (weight @ weight.mT).abs().sum(1)
-        else:
-            sums = conv2d(weight, weight, padding=weight.shape[-1] - 1).abs().sum((1, 2, 3))
-        return weight * sums.clamp(min=1e-12).rsqrt().view(-1, *[1] * (weight.ndim - 1))
-
-
-class UnitRows(nn.Module):
-    """Rows of length 1."""
-
-    def forward(self, weight: Tensor) -> Tensor:
-        """Scale a weight (rows, inputs)."""
-        return normalize(weight, dim=1)
-
-
 class CertifiedClassifier(nn.Module):
     """Logits of images in [0, 1], with a radius around each image within which no image has another class."""
+
+    noisy = False
+    routes = ("identity",)  # the ways around the blocks' own gradient
 
     def __init__(self, recipe: Recipe) -> None:
         super().__init__()
@@ -125,22 +101,35 @@ class CertifiedClassifier(nn.Module):
         self.dense = nn.Sequential(*(_block(ConvexPotential(dim, rows), recipe.steps) for rows in recipe.dense))
         self.head = Head(nn.init.orthogonal_(torch.empty(CLASSES, dim)), trainable=True)
         for block in self.blocks:
-            nn.init.orthogonal_(_linear(block).weight)
-            nn.init.zeros_(_linear(block).bias)
+            nn.init.orthogonal_(linear(block).weight)
+            nn.init.zeros_(linear(block).bias)
 
     @property
     def blocks(self) -> list[ODEBlock]:
         """All blocks in order."""
         return [*self.convolutions, *self.dense]
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Logits (B, 10) of images (B, 1, 28, 28)."""
-        return self.head(self.states(x))
+    @property
+    def block(self) -> nn.Sequential:
+        """What stands between pixels and head: all blocks."""
+        size = SIDE // self.recipe.squeeze
+        return nn.Sequential(nn.Unflatten(1, (-1, size, size)), self.convolutions, nn.Flatten(), self.dense)
+
+    def features(self, x: Tensor) -> Tensor:
+        """The pixels of images (B, 1, 28, 28), in the blocks' order and scale, (B, 784)."""
+        return nn.functional.pixel_unshuffle(x * self.recipe.scale, self.recipe.squeeze).flatten(1)
+
+    def end(self, z: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """The states before the head, (B, 784), from `features`; there is no noise to draw."""
+        return self.block(z)
 
     def states(self, x: Tensor) -> Tensor:
         """The states before the head, (B, 784), of images (B, 1, 28, 28)."""
-        z = nn.functional.pixel_unshuffle(x * self.recipe.scale, self.recipe.squeeze)
-        return self.dense(self.convolutions(z).flatten(1))
+        return self.end(self.features(x))
+
+    def forward(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Logits (B, 10) of images (B, 1, 28, 28)."""
+        return self.head(self.states(x))
 
     @torch.no_grad()
     def lipschitz(self) -> float:
@@ -173,7 +162,8 @@ def _block(f: nn.Module, steps: int) -> ODEBlock:
     return ODEBlock(f, t1=STEP * steps, solver=Euler(steps=steps))
 
 
-def _linear(block: ODEBlock) -> nn.Linear | nn.Conv2d:
+def linear(block: ODEBlock) -> nn.Linear | nn.Conv2d:
+    """The layer that holds a block's W."""
     return block.f.linear if isinstance(block.f, ConvexPotential) else block.f.conv
 
 
@@ -183,87 +173,6 @@ def margins(logits: Tensor, labels: Tensor, distances: Tensor) -> Tensor:
     own = one_hot(labels, CLASSES).bool()
     # Equal rows have equal logits: the gap 0 over any number is the radius 0.
     return (gaps / distances[labels].clamp(min=1e-12)).masked_fill(own, math.inf)
-
-
-def certified_loss(model: CertifiedClassifier, x: Tensor, labels: Tensor) -> Tensor:
-    """log(1 + sum_j exp(temperature (offset - margin_j))), mean over the batch, over the temperature."""
-    recipe = model.recipe
-    excess = margins(model(x), labels, model.distances()) / recipe.scale - recipe.offset
-    exponents = pad(-recipe.temperature * excess, (0, 1))  # exp(-inf) = 0 for the class itself, and the 1
-    return exponents.logsumexp(1).mean() / recipe.temperature
-
-
-def shifted(images: Tensor, most: int, generator: torch.Generator) -> Tensor:
-    """Images (B, 1, H, W), each moved by up to `most` pixels along both axes, zeros moving in."""
-    if not most:
-        return images
-    height, width = images.shape[-2:]
-    down, right = torch.randint(2 * most + 1, (2, len(images), 1), generator=generator).to(images.device)
-    rows, columns = (n + torch.arange(size, device=images.device) for n, size in ((down, height), (right, width)))
-    samples = torch.arange(len(images), device=images.device)[:, None, None]
-    return pad(images, [most] * 4)[samples, 0, rows[:, :, None], columns[:, None, :]].unsqueeze(1)
-
-
-def constrained(model: CertifiedClassifier) -> CertifiedClassifier:
-    """The model with weights that are scaled at every access: what the optimiser moves has no norm to keep."""
-    model = copy.deepcopy(model)
-    for block in model.blocks:
-        parametrize.register_parametrization(_linear(block), "weight", AlmostOrthogonal())
-    parametrize.register_parametrization(model.head, "weight", UnitRows())
-    return model
-
-
-def sealed(model: CertifiedClassifier) -> CertifiedClassifier:
-    """The same model with the scaled weights as its plain ones, ready to be saved, attacked and certified."""
-
-    def value(name: str) -> Tensor:
-        owner, _, leaf = name.rpartition(".")
-        return getattr(model.get_submodule(owner), leaf).detach().clone()
-
-    return _with_weights(model.recipe, value)
-
-
-def _with_weights(recipe: Recipe, value: Callable[[str], Tensor]) -> CertifiedClassifier:
-    with torch.device("meta"):  # nothing is drawn
-        model = CertifiedClassifier(recipe)
-    model.load_state_dict({name: value(name) for name in model.state_dict()}, assign=True)
-    return model.requires_grad_(False).eval()
-
-
-def train(recipe: Recipe, data: Dataset, seed: int = 0) -> tuple[CertifiedClassifier, list[dict[str, Any]]]:
-    """Train from fresh weights by Adam on a one-cycle schedule; returns the sealed model and one line per epoch.
-
-    A line holds the epoch, its steps, their mean loss, and the clean and certified accuracy on the validation set.
-
-    Raises:
-        SolveError: a state is not finite: the images are not, or training diverged.
-    """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = constrained(CertifiedClassifier(recipe)).to(data.train.images.device)
-    draws = torch.Generator().manual_seed(seed)
-    optimiser = torch.optim.Adam(model.parameters(), lr=recipe.lr)
-    steps = -(-len(data.train) // recipe.batch)
-    total = recipe.epochs * steps + 1
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, recipe.lr, total_steps=total, pct_start=0.2)
-    log = []
-    for epoch in range(1, recipe.epochs + 1):
-        order = torch.randperm(len(data.train), generator=draws).to(data.train.labels.device)
-        losses = torch.zeros((), device=order.device)
-        with bar(steps, f"M14: epoch {epoch}/{recipe.epochs}") as progress:
-            for rows in order.split(recipe.batch):
-                images = shifted(data.train.images[rows], recipe.shift, draws)
-                with parametrize.cached():
-                    loss = certified_loss(model, images, data.train.labels[rows])
-                optimiser.zero_grad()
-                loss.backward()
-                optimiser.step()
-                schedule.step()
-                losses += loss.detach()
-                progress.update()
-        reached = evaluate(sealed(model), data.validation)
-        log.append({"epoch": epoch, "steps": steps, "loss": losses.item() / steps, "validation": reached})
-    return sealed(model), log
 
 
 @torch.no_grad()
@@ -282,18 +191,3 @@ def evaluate(model: CertifiedClassifier, split: Split, radii: Sequence[float] = 
         "lipschitz": model.lipschitz(),
         "rounding": apart.max().item(),
     }
-
-
-def save(path: Path, model: CertifiedClassifier, dtype: torch.dtype = torch.float32) -> None:
-    """Write the weights of a sealed model, rounded to `dtype`, with its recipe in the file's header (safetensors)."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    weights = {name: value.to(dtype).contiguous() for name, value in model.state_dict().items()}
-    save_file(weights, path, metadata={"recipe": json.dumps(asdict(model.recipe))})
-
-
-def load(path: Path) -> CertifiedClassifier:
-    """Read a model that `save` wrote, in float32. The certificate is that of the weights as they were rounded."""
-    with safe_open(path, framework="pt") as file:
-        recipe = json.loads(file.metadata()["recipe"])
-        tuples = {name: tuple(value) for name, value in recipe.items() if isinstance(value, list)}
-        return _with_weights(Recipe(**(recipe | tuples)), lambda name: file.get_tensor(name).float())

@@ -11,22 +11,25 @@ from torch import Tensor, nn
 
 from odelayers import check_stability, spectrum
 
-from .attacks import PGD, Counted, Method, Model as View, Threat, input_gradient, perturb
+from .accuracy import states
+from .attacks import PGD, AutoAttack, Best, Counted, Method, Model as View, Threat, Transfer, input_gradient, perturb
+from .certified import CertifiedClassifier, evaluate
 from .data import Split
 from .models import Classifier, attacked, surrogate
 from .presets import Group, Suite
 from .progress import bar
 from .scores import Scores
-from .training import states
 
-__all__ = ["attack_cell", "clean_cell", "judge", "probe_cell", "spectrum_cell"]
+__all__ = ["attack_cell", "clean_cell", "craft", "judge", "probe_cell", "spectrum_cell"]
 
 CHUNK = 500  # images attacked at once
 Plan = list[tuple[str, Method, View | None]]
+Made = Mapping[str, Tensor]
+Victim = Classifier | CertifiedClassifier
 
 
 @torch.no_grad()
-def judge(model: Classifier, data: Split, draws: int, noise: torch.Generator) -> Scores:
+def judge(model: Victim, data: Split, draws: int, noise: torch.Generator) -> Scores:
     """Per sample the right answers over `draws` of the noise, and over as many again for choosing the worst case."""
 
     def once() -> tuple[Tensor, Tensor]:
@@ -39,7 +42,7 @@ def judge(model: Classifier, data: Split, draws: int, noise: torch.Generator) ->
     return Scores(number, *(tuple(x.tolist()) for x in (counts, majority, chosen)))
 
 
-def clean_cell(model: Classifier, data: Split, draws: int, seed: int) -> dict[str, Any]:
+def clean_cell(model: Victim, data: Split, draws: int, seed: int) -> dict[str, Any]:
     """Accuracy without an attack; cost of a solve: NFE and milliseconds for 128 images."""
     noise = torch.Generator(data.images.device).manual_seed(seed)
     scores = judge(model, data, draws, noise)
@@ -50,31 +53,36 @@ def clean_cell(model: Classifier, data: Split, draws: int, seed: int) -> dict[st
     with torch.no_grad():
         model(batch, noise).cpu()
     seconds = time.perf_counter() - started
-    return {"clean": scores.pack(), "nfe": nfe, "milliseconds_128": round(1000 * seconds, 2)}
+    certificate = evaluate(model, data) if isinstance(model, CertifiedClassifier) else {}
+    proven = {key: value for key, value in certificate.items() if key != "clean"}
+    return {"clean": scores.pack(), "nfe": nfe, "milliseconds_128": round(1000 * seconds, 2), **proven}
 
 
 def attack_cell(
-    model: Classifier,
-    data: Split,
-    threat: Threat,
-    group: Group,
-    suite: Suite,
-    others: Mapping[str, Classifier],
-    seed: int,
-    what: str,
+    model: Victim, data: Split, threat: Threat, group: Group, suite: Suite, made: Made, seed: int, what: str
 ) -> dict[str, Any]:
     """Run a group of attacks within one threat: per-sample scores, queries and seconds of each.
 
-    `others` are the models that transferred images are made on.
+    `made` are the images that were made on other models: they are shown to this one.
     """
     device = data.images.device
     noise, start = torch.Generator(device).manual_seed(seed), torch.Generator(device).manual_seed(seed + 1)
-    plan = _plan(model, group, suite.draws, others, noise)
+    plan = _plan(model, group, suite.draws, noise) if not made else []
     found, largest = {}, 0.0
     with bar(-(-len(data) // CHUNK) * sum(method.ticks for _, method, _ in plan), what) as progress:
+
+        def record(name: str, images: Tensor, queries: int, started: float) -> None:
+            nonlocal largest
+            seconds = round(time.perf_counter() - started, 2)
+            scores = judge(model, Split(images, data.labels), suite.judging_draws, noise)
+            found[name] = {**scores.pack(), "queries": queries, "seconds": seconds}
+            largest = max(largest, _largest_change(images, data.images, threat))
+
         for name, method, gradient_from in plan:
             progress.set_postfix_str(name)
-            view, started = Counted(attacked(model, suite.draws, noise)), time.perf_counter()
+            # AutoAttack averages over calls of its own: one draw a call.
+            draws = 1 if isinstance(method, AutoAttack) else suite.draws
+            view, started = Counted(attacked(model, draws, noise)), time.perf_counter()
             images = torch.cat([
                 perturb(
                     view, part.images, part.labels, threat, method, start,
@@ -82,23 +90,36 @@ def attack_cell(
                 )
                 for part in _chunks(data)
             ])  # fmt: skip
-            seconds = round(time.perf_counter() - started, 2)
-            scores = judge(model, Split(images, data.labels), suite.judging_draws, noise)
-            found[name] = {**scores.pack(), "queries": view.queries, "seconds": seconds}
-            largest = max(largest, _largest_change(images, data.images, threat))
+            record(name, images, view.queries, started)
+        for name, images in made.items():
+            view, started = Counted(attacked(model, suite.draws, noise)), time.perf_counter()
+            record(name, _shown(view, data, images), view.queries, started)
     return {"n": len(data), "attacks": found, "largest_change": largest}
 
 
-def _plan(
-    model: Classifier, group: Group, draws: int, others: Mapping[str, Classifier], noise: torch.Generator
-) -> Plan:
+def craft(model: Victim, data: Split, threat: Threat, method: Transfer, seed: int, what: str) -> Tensor:
+    """The images that are made on `model`, to be shown to others."""
+    start = torch.Generator(data.images.device).manual_seed(seed)
+    with bar(-(-len(data) // CHUNK) * method.ticks, what) as progress:
+        parts = [method.craft(model, p.images, p.labels, threat, start, progress.update) for p in _chunks(data)]
+    return torch.cat(parts)
+
+
+def _shown(view: View, data: Split, made: Tensor) -> Tensor:
+    """Of each image and what was made of it the one that the model takes worse."""
+    found = []
+    for part, images in zip(_chunks(data), made.split(CHUNK), strict=True):
+        best = Best(view, part.images, part.labels)
+        best.judge(torch.arange(len(images), device=images.device), images)
+        found.append(best.images)
+    return torch.cat(found)
+
+
+def _plan(model: Victim, group: Group, draws: int, noise: torch.Generator) -> Plan:
     """Every attack by name, with what its gradient comes from; None for the model itself, or for no gradient."""
-    if group.gradient == "others":
-        sources = {f"from {name}": attacked(other, draws, noise) for name, other in others.items()}
-    elif group.gradient == "around":
+    sources: dict[str, View | None] = {"": None}
+    if group.gradient == "around":
         sources = {route_name(r): surrogate(model, r, draws, noise) for r in model.routes}
-    else:
-        sources = {"": None}
     return [
         (f"{method} {source}".strip(), method, view)
         for source, view in sources.items()
@@ -122,8 +143,11 @@ def _largest_change(adversarial: Tensor, images: Tensor, threat: Threat) -> floa
     return (adversarial - images).flatten(1).norm(p=order, dim=1).max().item()
 
 
-def probe_cell(model: Classifier, data: Split, suite: Suite, seed: int, what: str) -> dict[str, Any]:
-    """How the attack itself behaves: gradients that are zero, radii up to accuracy 0, more steps, rescaled logits."""
+def probe_cell(model: Victim, data: Split, suite: Suite, seed: int, what: str) -> dict[str, Any]:
+    """How the attack itself behaves: gradients that are zero, radii up to accuracy 0, more steps, rescaled logits.
+
+    Where there is a solver, its error too: what was found is shown to the model solved in half the steps' length.
+    """
     noise, probe = torch.Generator(data.images.device).manual_seed(seed), suite.probe
     view = attacked(model, suite.draws, noise)
     rescaled = {f"logits x {c:g}": _times(view, c) for c in (0.01, 100.0)}
@@ -143,6 +167,9 @@ def probe_cell(model: Classifier, data: Split, suite: Suite, seed: int, what: st
             images = perturb(seen, data.images, data.labels, threat, method, start, tick=progress.update)
             scores = judge(model, Split(images, data.labels), suite.judging_draws, noise)
             rows.append({"probe": name, "threat": str(threat), "attack": str(method), **scores.pack()})
+            if (name, method.steps) == ("steps", probe.steps[0]) and hasattr(model.block, "solver"):
+                fine = judge(model.finer(), Split(images, data.labels), suite.judging_draws, noise)
+                rows.append({"probe": "half the step", "threat": str(threat), "attack": str(method), **fine.pack()})
     return {"n": len(data), "zero_gradients": _zero_gradients(view, data), "probes": rows}
 
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import pad
+from torch.nn.functional import normalize, pad
 
 from odelayers import (
     Adjoint,
@@ -26,8 +26,10 @@ from odelayers import (
     SkewSymmetric,
     Solution,
     StratonovichHeun,
+    orthogonal_head,
     simplex_head,
 )
+from odelayers.heads import Head
 
 from .features import DIM, EXTRACTORS, Features
 
@@ -150,7 +152,9 @@ BUILDERS: dict[str, Callable[[Block], nn.Module]] = {
     "staircase": lambda spec: Staircase(spec.staircase),
 }
 HEADS: dict[str, Callable[[], nn.Module]] = {
-    "simplex": lambda: simplex_head(CLASSES, DIM),  # fixed: no optimiser moves it
+    "simplex": lambda: simplex_head(CLASSES, DIM),  # fixed, as the next two: no optimiser moves them
+    "orthogonal": lambda: orthogonal_head(CLASSES, DIM),
+    "random": lambda: Head(normalize(torch.randn(CLASSES, DIM), dim=1)),
     "linear": lambda: nn.Linear(DIM, CLASSES),
 }
 
@@ -196,6 +200,16 @@ class Classifier(nn.Module):
         if self.spec.kind in SOLVED:
             return self.block.solve(z, t1=t1, generator=generator).final
         return self.block(z)
+
+    def finer(self) -> Classifier:
+        """The same model, weights shared, solved in half the steps' length: twice as many, or 1/32 of the tolerance."""
+        fine, solver = copy.copy(self), self.block.solver
+        fine._modules = {**self._modules, "block": copy.copy(self.block)}
+        if hasattr(solver, "steps"):
+            fine.block.solver = replace(solver, steps=2 * solver.steps)
+        else:  # of order 5: the error of a step of half the length is 1/32
+            fine.block.solver = replace(solver, rtol=solver.rtol / 32, atol=solver.atol / 32)
+        return fine
 
     def entering(self, z: Tensor) -> Tensor:
         """The states that the block's field sees at the start: `z`, padded where the block is augmented."""

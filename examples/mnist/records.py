@@ -18,9 +18,13 @@ from safetensors.torch import save_model
 
 import odelayers
 
-__all__ = ["Record", "Records", "fingerprint", "read", "save_weights", "write"]
+__all__ = ["NotRecorded", "Record", "Records", "fingerprint", "read", "save_weights", "write"]
 
 FORMAT = 1  # raise it when a stage's result changes its meaning: older records are then computed again
+
+
+class NotRecorded(LookupError):
+    """A stage has no record yet."""
 
 
 class Record(dict[str, Any]):
@@ -53,6 +57,7 @@ class Records:
         self.folder = out / "records"
         self.folder.mkdir(parents=True, exist_ok=True)
         self.stages, self.done, self._say = stages, 0, say  # of so many stages each is told of when it is done
+        self.computes = True  # otherwise what is not recorded is an error
         self.writes = True  # of several ranks that compute a stage together, one writes
 
     def stage(
@@ -66,13 +71,18 @@ class Records:
 
         `save`, called when all is computed, keeps weights that belong to the record; where they are missing, the stage
         is computed again.
+
+        Raises:
+            NotRecorded: it is not there, and these records are not to compute.
         """
         config = json.loads(json.dumps(config, default=_plain))
-        key = fingerprint({"format": FORMAT, "versions": _results_depend_on(), "config": config})
+        key = _key(config)
         path = self.folder / f"{name}-{key}.json"
         weights = path.with_suffix(".safetensors")
         if path.exists() and (save is None or weights.exists()):
             return self._told(read(path), ": already done")
+        if not self.computes:
+            raise NotRecorded(f"{path} is not there")
         started = time.perf_counter()
         result = compute()
         seconds = time.perf_counter() - started
@@ -92,9 +102,17 @@ class Records:
             self._say(f"[{self.done}/{self.stages}] {record['stage']}{note}: {record['seconds']:.1f} s")
         return record
 
+    def unfinished(self, name: str, config: Mapping[str, Any]) -> Path:
+        """Where a stage may keep what it needs to go on after a stop."""
+        return self.folder / f"{name}-{_key(config)}.unfinished"
+
     def weights(self, record: Record) -> Path:
         """Where the weights of a record lie."""
         return (self.folder / record.file).with_suffix(".safetensors")
+
+
+def _key(config: Mapping[str, Any]) -> str:
+    return fingerprint({"format": FORMAT, "versions": _results_depend_on(), "config": config})
 
 
 def fingerprint(config: Mapping[str, Any]) -> str:

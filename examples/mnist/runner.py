@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from contextlib import suppress
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
-from .cells import Cell, needs, plan
+from .cells import Cell, needs, plan, with_needs
 from .presets import Preset
-from .records import Record, write
+from .records import NotRecorded, Record, write
 from .study import Study
 
 __all__ = ["run"]
@@ -26,18 +27,20 @@ Done = Iterator[tuple[Cell, Record]]
 class _Ledger:
     """Which cells are done, and which cannot be: what `run.json` says, written anew after every cell."""
 
-    def __init__(self, preset: Preset, about: dict[str, Any], out: Path) -> None:
-        self.preset, self.cells, self.out, self.about = preset, plan(preset), out, about
+    def __init__(self, preset: Preset, about: dict[str, Any], out: Path, models: Sequence[str] | None) -> None:
+        self.preset, self.planned, self.out, self.about = preset, plan(preset), out, about
+        self.cells = [cell for cell in self.planned if models is None or cell.model in models]
+        if models is not None:
+            self.cells = with_needs(preset, self.cells)
         self.silent = dist.is_initialized() and dist.get_rank() > 0  # of several ranks, the first keeps the ledger
         self.files: dict[Cell, str] = {}
         self.lost: dict[Cell, str] = {}
 
-    def add(self, cell: Cell, record: Record) -> None:
+    def note(self, cell: Cell, record: Record) -> None:
         """A record has been found or made."""
         self.files[cell] = record.file
         if "diverged" in record.result:
             self.lost[cell] = f"{cell.name} diverged: {record.result['diverged']}"
-        self.write()
 
     def reason(self, cell: Cell) -> str | None:
         """Why a cell cannot be computed: a training that it needs has diverged."""
@@ -59,7 +62,7 @@ class _Ledger:
                 "kind": cell.kind, "model": cell.model, "seed": cell.seed, "threat": cell.threat and str(cell.threat),
                 "group": cell.group and cell.group.name, "file": self.files.get(cell), "lost": self.reason(cell),
             }
-            for cell in self.cells
+            for cell in self.planned
         ]  # fmt: skip
         first, second, threat = self.preset.primary
         write(self.out / "run.json", {**self.about, "primary": [first, second, str(threat)], "cells": cells})
@@ -73,21 +76,31 @@ def run(
     *,
     jobs: int = 1,
     minutes: float | None = None,
+    models: Sequence[str] | None = None,
     say: Callable[[str], None] = print,
 ) -> Path:
     """Compute the cells of the preset's plan, the most valuable first, and return the path of `run.json`.
 
-    `make` gives a process its study. With `minutes` no cell is begun when they are over: what is missing is None in
-    `run.json`, and a later run computes it.
+    `make` gives a process its study. With `minutes` no cell is begun when they are over, with `models` no cell of
+    another model but the trainings that theirs need: what no run has computed yet is None in `run.json`, and a later
+    one computes it.
+
+    Raises:
+        ValueError: a name in `models` is none of the preset's.
     """
+    known = [model.name for model in preset.models]
+    if strange := set(models or ()).difference(known):
+        raise ValueError(f"models: expected names of {', '.join(known)}, got {', '.join(sorted(strange))}")
     out.mkdir(parents=True, exist_ok=True)
-    ledger, started = _Ledger(preset, about, out), time.monotonic()
+    ledger, started = _Ledger(preset, about, out, models), time.monotonic()
     left = lambda: minutes is None or time.monotonic() - started < 60 * minutes  # noqa: E731
     way = _ranks if dist.is_initialized() else _alone if jobs == 1 else _together
     for done, (cell, record) in enumerate(way(make, ledger, jobs, left), 1):
-        ledger.add(cell, record)
+        ledger.note(cell, record)
+        ledger.write()
         minutes_gone = (time.monotonic() - started) / 60
         say(f"[{done}/{len(ledger.cells)}, {minutes_gone:.1f} min] {cell.name}: {record['seconds']:.1f} s")
+    _find_others(make, ledger)
     missing = [cell for cell in ledger.cells if cell not in ledger.files]
     for cell in missing:
         if reason := ledger.reason(cell):
@@ -96,6 +109,17 @@ def run(
         say(f"{over} cells were not begun within {minutes:g} minutes; run again to go on")
     ledger.write()
     return out / "run.json"
+
+
+def _find_others(make: Make, ledger: _Ledger) -> None:
+    """What this run was not to compute, or had no time for, a former one may have left."""
+    others = [cell for cell in ledger.planned if cell not in ledger.files and ledger.reason(cell) is None]
+    if others and not ledger.silent:
+        study = make()
+        study.records.computes = False
+        for cell in others:
+            with suppress(NotRecorded):
+                ledger.note(cell, study.do(cell))
 
 
 def _alone(make: Make, ledger: _Ledger, jobs: int, left: Callable[[], bool]) -> Done:

@@ -10,17 +10,24 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
+from torch import Tensor
+from torch.distributed import is_initialized
 
-from odelayers import SineField
+from odelayers import SineField, SolveError
 
+from . import certified_training
+from .accuracy import states
+from .attacks import Threat, Transfer
 from .cells import Cell, needs
-from .data import Dataset
-from .evaluation import attack_cell, clean_cell, judge, probe_cell, spectrum_cell
-from .models import DIM, Classifier
+from .certified import CertifiedClassifier
+from .data import Dataset, Split
+from .evaluation import Victim, attack_cell, clean_cell, craft, judge, probe_cell, spectrum_cell
+from .models import DIM, Classifier, attacked
 from .presets import Preset
 from .recipes import Model
 from .records import Record, Records, save_weights
-from .training import Diverged, states, train
+from .training import Diverged, train
+from .unfinished import Unfinished
 
 __all__ = ["Study"]
 
@@ -37,6 +44,7 @@ class Study:
         machine = {"device": device.type, "threads": torch.get_num_threads()}  # both change the last digits
         self.common = {"data": cut.name, "sizes": sizes, "widths": preset.widths, **machine}
         self.trained: dict[tuple[str, int], Record] = {}
+        self.made: dict[tuple[Cell, int, Threat, Transfer], Tensor] = {}
 
     def do(self, cell: Cell) -> Record:
         """The record of a cell, computed if it is not there; so are the trainings that it needs."""
@@ -58,32 +66,50 @@ class Study:
         del config["model"]["seeds"]  # how many others there are says nothing of this one
         torch.manual_seed(seed)  # the fresh weights
         model = self.build(spec)
-        if start is not None:
-            model.start_from(self._weights(start))
-        compute = partial(self._train, model, spec, seed, cell.name)
-        self.trained[cell.model, cell.seed] = self.records.stage(
-            cell.name, config, compute, partial(save_weights, model)
-        )
-        return self.trained[cell.model, cell.seed]
+        # Several ranks have noise of their own each: together they start anew.
+        unfinished = Unfinished(None if is_initialized() else self.records.unfinished(cell.name, config))
+        if isinstance(model, CertifiedClassifier):
+            compute = partial(self._train_certified, model, seed)
+        else:
+            if start is not None:
+                model.start_from(self._weights(start))
+            compute = partial(self._train, model, spec, seed, cell.name, unfinished)
+        record = self.records.stage(cell.name, config, compute, partial(save_weights, model))
+        unfinished.remove()
+        self.trained[cell.model, cell.seed] = record
+        return record
 
-    def _train(self, model: Classifier, spec: Model, seed: int, what: str) -> dict[str, Any]:
+    def _train(self, model: Classifier, spec: Model, seed: int, what: str, unfinished: Unfinished) -> dict[str, Any]:
         try:
-            log = train(model, self.data, spec.phases, spec.regularised, seed, what)
+            log = train(model, self.data, spec.phases, spec.regularised, seed, what, unfinished)
         except Diverged as error:
             return {"diverged": str(error), **error.outcome}
+        return self._outcome(model, log, seed)
+
+    def _train_certified(self, model: CertifiedClassifier, seed: int) -> dict[str, Any]:
+        try:
+            trained, log = certified_training.train(model.recipe, self.data, seed)
+        except SolveError as error:
+            return {"diverged": str(error)}
+        model.load_state_dict(trained.state_dict())
+        return self._outcome(model, log, seed)
+
+    def _outcome(self, model: Victim, log: list[dict[str, Any]], seed: int) -> dict[str, Any]:
         noise = torch.Generator(self.device).manual_seed(seed)
         reached = judge(model, self.data.validation, 1, noise).mean
         count = sum(p.numel() for p in model.parameters())
         return {"epochs": log, "steps": sum(e["steps"] for e in log), "validation": reached, "parameters": count}
 
-    def build(self, spec: Model) -> Classifier:
+    def build(self, spec: Model) -> Victim:
         """The model with fresh weights."""
+        if spec.certified is not None:
+            return CertifiedClassifier(spec.certified).to(self.device)
         return Classifier(spec.widths or self.preset.widths, spec.block, spec.head, spec.net).to(self.device)
 
-    def _weights(self, record: Record) -> dict[str, torch.Tensor]:
+    def _weights(self, record: Record) -> dict[str, Tensor]:
         return load_file(self.records.weights(record), device=str(self.device))
 
-    def load(self, name: str, seed: int) -> Classifier:
+    def load(self, name: str, seed: int) -> Victim:
         """A trained model, for evaluation."""
         model = self.build(self.preset.model(name))
         model.load_state_dict(self._weights(self.trained[name, seed]))
@@ -101,18 +127,36 @@ class Study:
         suite, threat, group = self.preset.suite, cell.threat, cell.group
         if threat is None or group is None:
             raise ValueError(f"{cell.name}: an attack needs a threat and a group")
-        used = {key: value for key, value in asdict(group).items() if key not in ("models", "threats")}
-        config |= {"threat": asdict(threat), "group": used, "draws": suite.draws, "judging_draws": suite.judging_draws}
+        data = self.data.test.first(group.images)
+        if cell.seed:
+            data = data.first(-(-len(data) // suite.thin))
+        used = {key: value for key, value in asdict(group).items() if key in ("name", "attacks", "gradient", "sources")}
+        config |= {"threat": asdict(threat), "group": used, "images": len(data)}
+        config |= {"draws": suite.draws, "judging_draws": suite.judging_draws}
         sources = [need for need in needs(self.preset, cell) if need.model != cell.model]
         config["sources"] = [self.trained[need.model, need.seed].key for need in sources]
-        images = self.data.test.first(group.images)
 
         def compute() -> dict[str, Any]:
-            others = {need.model: self.load(need.model, need.seed) for need in sources}
+            made = {
+                f"{method} from {need.model}": self._made(need, data, threat, method)
+                for need in sources
+                for method in group.attacks
+                if isinstance(method, Transfer)
+            }
             model = self.load(cell.model, cell.seed)
-            return attack_cell(model, images, threat, group, suite, others, config["seed"], cell.name)
+            return attack_cell(model, data, threat, group, suite, made, config["seed"], cell.name)
 
         return self.records.stage(cell.name, config, compute)
+
+    def _made(self, need: Cell, data: Split, threat: Threat, method: Transfer) -> Tensor:
+        """Images made on another model: once for all that they are shown to."""
+        key = (need, len(data), threat, method)
+        if key not in self.made:
+            seed = self.seed + need.seed
+            noise, what = torch.Generator(self.device).manual_seed(seed), f"{need.model} at {threat}"
+            view = attacked(self.load(need.model, need.seed), self.preset.suite.draws, noise)
+            self.made[key] = craft(view, data, threat, method, seed + 1, what)
+        return self.made[key]
 
     def _probe(self, cell: Cell, config: dict[str, Any]) -> Record:
         suite = self.preset.suite

@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from odelayers import GradientError, SolveError, count_nfe
 
-from .adversary import PGD, Adversary
+from .accuracy import accuracy, adversarial_accuracy, ends, states
 from .data import Dataset, Split
 from .models import SOLVED, Classifier
 from .objective import Objective
@@ -23,12 +23,11 @@ from .parallel import Processes
 from .penalties import Constraints, Penalty
 from .phases import SGD, Adam, Phase
 from .progress import bar
+from .unfinished import Unfinished
 
-__all__ = ["SGD", "Adam", "Diverged", "Phase", "accuracy", "adversarial_accuracy", "states", "train"]
+__all__ = ["SGD", "Adam", "Diverged", "Phase", "train"]
 
-EVALUATION_BATCH = 1000
-JUDGE = Adversary(PGD, steps=20, step=0.03, warm_up=0.0)  # of adversarial phases, on the first validation images
-JUDGED = 500
+NOWHERE = Unfinished()
 
 
 class Diverged(RuntimeError):
@@ -47,7 +46,13 @@ class Diverged(RuntimeError):
 
 
 def train(
-    model: Classifier, data: Dataset, phases: tuple[Phase, ...], regularised: bool, seed: int, what: str
+    model: Classifier,
+    data: Dataset,
+    phases: tuple[Phase, ...],
+    regularised: bool,
+    seed: int,
+    what: str,
+    unfinished: Unfinished = NOWHERE,
 ) -> list[dict[str, Any]]:
     """Train in place; returns one line per epoch.
 
@@ -57,7 +62,8 @@ def train(
     validation images. `regularised` adds SODEF's constraints to phases without a penalty of their own.
 
     Order, noise and what penalties draw have generators of their own, so that models which differ in the noise alone
-    see the same samples. Under a process group the processes train together: see `Processes`.
+    see the same samples. Under a process group the processes train together: see `Processes`. After every epoch the
+    state goes to `unfinished`, and a training that was stopped goes on from there.
 
     Raises:
         Diverged: the loss is no number, or a solve failed.
@@ -67,19 +73,33 @@ def train(
     processes.prepare(model, device)
     draws = _Draws.seeded(seed + 1000 * processes.rank, device)
     judging = torch.Generator(device)  # the same in all processes, and the same noise after every epoch
-    log: list[dict[str, Any]] = []
-    for number, phase in enumerate(phases, 1):
+    kept = unfinished.load()
+    log: list[dict[str, Any]] = kept.get("log", [])
+    if kept:
+        model.load_state_dict(kept["model"])
+        for generator, state in zip((order, *draws), kept["generators"], strict=True):
+            generator.set_state(state)
+    begun, done = kept.get("phase", 1), kept.get("epoch", 0)
+    for number, phase in list(enumerate(phases, 1))[begun - 1 :]:
         learner, epoch = None, 1
         label = f"{what}: phase {number}/{len(phases)}"
         try:
             with _frozen_but(model, phase.trains):
                 penalty = phase.penalty or (Constraints() if regularised else None)
                 learner = _Learner(model, phase, penalty, data.train, draws, processes)
-                for epoch in range(1, phase.epochs + 1):
+                if done:
+                    learner.load_state_dict(kept["learner"])
+                for epoch in range(done + 1, phase.epochs + 1):
                     line = learner.epoch(order, f"{label}, epoch {epoch}/{phase.epochs}")
                     line |= _judged(learner.result, phase, data.validation, judging, seed)
                     log.append({"phase": number, "trains": phase.trains, "epoch": epoch, **line})
+                    states = [generator.get_state() for generator in (order, *draws)]
+                    unfinished.keep(
+                        phase=number, epoch=epoch, log=log, generators=states,
+                        model=model.state_dict(), learner=learner.state_dict(),
+                    )  # fmt: skip
                 learner.finish()
+                done = 0
         except (SolveError, GradientError, _NoNumber) as error:
             loss = learner.loss if learner and math.isfinite(learner.loss) else None
             at = {"phase": number, "trains": phase.trains, "epoch": epoch, "step": learner.done if learner else 0}
@@ -98,8 +118,7 @@ class _NoNumber(ArithmeticError):
     """The loss is NaN or infinite."""
 
 
-@dataclass(frozen=True)
-class _Draws:
+class _Draws(NamedTuple):
     """Generators of their own for what is drawn in training."""
 
     noise: torch.Generator
@@ -157,6 +176,23 @@ class _Learner:
     def result(self) -> Classifier:
         """The model that the phase would leave behind now."""
         return self.averaged.module if self.averaged else self.model
+
+    @property
+    def _parts(self) -> dict[str, Any]:
+        return {"optimiser": self.optimiser, "schedule": self.schedule, "averaged": self.averaged}
+
+    def state_dict(self) -> dict[str, Any]:
+        """What changes from step to step, beside the model."""
+        return {"done": self.done, "loss": self.loss} | {
+            name: part.state_dict() for name, part in self._parts.items() if part
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from what `state_dict` gave."""
+        self.done, self.loss = state["done"], state["loss"]
+        for name, part in self._parts.items():
+            if part:
+                part.load_state_dict(state[name])
 
     def finish(self) -> None:
         """Leave the averaged weights behind, if there are any."""
@@ -249,33 +285,4 @@ def _entering(model: Classifier, data: Split, trains: str) -> Tensor:
     if trains == "all":
         return data.images
     z = states(model, data.images)
-    return z if trains == "block" else _ends(model, z, None)
-
-
-@torch.no_grad()
-def states(model: Classifier, images: Tensor) -> Tensor:
-    """What enters the block, (N, 64), with the features in evaluation mode."""
-    model.eval()
-    return torch.cat([model.features(batch) for batch in images.split(EVALUATION_BATCH)])
-
-
-@torch.no_grad()
-def _ends(model: Classifier, z: Tensor, noise: torch.Generator | None) -> Tensor:
-    return torch.cat([model.end(part, noise) for part in z.split(EVALUATION_BATCH)])
-
-
-@torch.no_grad()
-def accuracy(model: Classifier, data: Split, noise: torch.Generator) -> float:
-    """Share of samples classified rightly, one draw of the noise per sample."""
-    ends = _ends(model, states(model, data.images), noise)
-    return (model.head(ends).argmax(1) == data.labels).float().mean().item()
-
-
-def adversarial_accuracy(
-    model: Classifier, data: Split, generator: torch.Generator, judge: Adversary = JUDGE, images: int = JUDGED
-) -> float:
-    """Accuracy on the first images under PGD-20 from a random start: a watch on training, not an evaluation."""
-    some = data.first(images)
-    model.eval()
-    found = judge.find(lambda x: model(x, generator), some.images, some.labels, generator)
-    return accuracy(model, Split(found, some.labels), generator)
+    return z if trains == "block" else ends(model, z, None)

@@ -140,10 +140,16 @@ class Transfer(Method):
         self, best: Best, images: Tensor, threat: Threat, generator: torch.Generator, source: Model | None, tick: Tick
     ) -> None:
         """See `Method.search`; `source` is the other model."""
+        made = self.craft(source, images, best.labels, threat, generator, tick)
+        best.judge(torch.arange(len(images), device=images.device), made)
+
+    def craft(
+        self, source: Model, images: Tensor, labels: Tensor, threat: Threat, generator: torch.Generator, tick: Tick
+    ) -> Tensor:
+        """The images (B, ...) that are made on `source`: the same whatever model they are shown to."""
 
         def draws(x: Tensor) -> Tensor:  # a model with draws is never done
             logits = source(x)
             return logits if logits.ndim == 3 else logits.unsqueeze(0)
 
-        made = self.attack.run(draws, images, best.labels, threat, generator, tick=tick)
-        best.judge(torch.arange(len(images), device=images.device), made)
+        return self.attack.run(draws, images, labels, threat, generator, tick=tick)

@@ -112,7 +112,7 @@ def film_figure(results: Results, name: str, out: Path) -> Path:
 def settling_figure(results: Results, out: Path) -> Path:
     """Size of the field and of the state, and cosines of both with their last values."""
     panels = (
-        ("field", "size of the field f", (0, None)),
+        ("field", "size of the field f", (0, 1.6)),
         ("state", "size of the state z", None),
         ("field_cosine", "cosine of f(z(t)) with its last value", (None, 1.02)),
         ("state_cosine", "cosine of z(t) with its last value", (None, 1.02)),

@@ -79,8 +79,9 @@ def _settling(results: Results) -> list[str]:
         return []
     first, before, last = cell["times"][0], cell["times"][place], cell["times"][-1]
     return [
-        "No state comes to an equilibrium, and none could: f ends in a group normalisation, which gives it the same "
-        "size wherever z is. Where f settles the state goes on in a straight line, and grows. Median size of f at "
+        "No state can come to an equilibrium: f ends in a group normalisation, which fixes its size wherever z is "
+        "(exactly so with one channel a group, as in the small net). Where f settles the state goes on in a straight "
+        "line, and grows. Median size of f at "
         f"t = {first:g} -> {last:g}, and cosine of f at t = {before:g} with f at the end (1: settled): "
         f"{'; '.join(parts)}."
     ]

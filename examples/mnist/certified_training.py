@@ -1,0 +1,143 @@
+"""How M14, the certified model, is trained, and how its weights are kept: see `certified`.
+
+In training the rows of W are scaled so that ||W|| <= 1 at Euler's step 2 (Prach and Lampert 2022; Araujo et al. 2023).
+The certificate does not rely on that, but on an SVD of each W as it is.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn.functional import conv2d, normalize, pad
+from torch.nn.utils import parametrize
+
+from .certified import CertifiedClassifier, Recipe, evaluate, linear, margins
+from .data import Dataset
+from .progress import bar
+
+__all__ = ["load", "save", "sealed", "train"]
+
+
+class AlmostOrthogonal(nn.Module):
+    """Rows scaled so that ||W|| <= 1: by the absolute row sums of WW', of a matrix or a convolution of any size."""
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """Scale a weight (rows, inputs) or (rows, channels, k, k)."""
+        if weight.ndim == 2:
+            sums = (weight @ weight.mT).abs().sum(1)
+        else:
+            sums = conv2d(weight, weight, padding=weight.shape[-1] - 1).abs().sum((1, 2, 3))
+        return weight * sums.clamp(min=1e-12).rsqrt().view(-1, *[1] * (weight.ndim - 1))
+
+
+class UnitRows(nn.Module):
+    """Rows of length 1."""
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """Scale a weight (rows, inputs)."""
+        return normalize(weight, dim=1)
+
+
+def certified_loss(model: CertifiedClassifier, x: Tensor, labels: Tensor) -> Tensor:
+    """log(1 + sum_j exp(temperature (offset - margin_j))), mean over the batch, over the temperature."""
+    recipe = model.recipe
+    excess = margins(model(x), labels, model.distances()) / recipe.scale - recipe.offset
+    exponents = pad(-recipe.temperature * excess, (0, 1))  # exp(-inf) = 0 for the class itself, and the 1
+    return exponents.logsumexp(1).mean() / recipe.temperature
+
+
+def shifted(images: Tensor, most: int, generator: torch.Generator) -> Tensor:
+    """Images (B, 1, H, W), each moved by up to `most` pixels along both axes, zeros moving in."""
+    if not most:
+        return images
+    height, width = images.shape[-2:]
+    down, right = torch.randint(2 * most + 1, (2, len(images), 1), generator=generator).to(images.device)
+    rows, columns = (n + torch.arange(size, device=images.device) for n, size in ((down, height), (right, width)))
+    samples = torch.arange(len(images), device=images.device)[:, None, None]
+    return pad(images, [most] * 4)[samples, 0, rows[:, :, None], columns[:, None, :]].unsqueeze(1)
+
+
+def constrained(model: CertifiedClassifier) -> CertifiedClassifier:
+    """The model with weights that are scaled at every access: what the optimiser moves has no norm to keep."""
+    model = copy.deepcopy(model)
+    for block in model.blocks:
+        parametrize.register_parametrization(linear(block), "weight", AlmostOrthogonal())
+    parametrize.register_parametrization(model.head, "weight", UnitRows())
+    return model
+
+
+def sealed(model: CertifiedClassifier) -> CertifiedClassifier:
+    """The same model with the scaled weights as its plain ones, ready to be saved, attacked and certified."""
+
+    def value(name: str) -> Tensor:
+        owner, _, leaf = name.rpartition(".")
+        return getattr(model.get_submodule(owner), leaf).detach().clone()
+
+    return _with_weights(model.recipe, value)
+
+
+def _with_weights(recipe: Recipe, value: Callable[[str], Tensor]) -> CertifiedClassifier:
+    with torch.device("meta"):  # nothing is drawn
+        model = CertifiedClassifier(recipe)
+    model.load_state_dict({name: value(name) for name in model.state_dict()}, assign=True)
+    return model.requires_grad_(False).eval()
+
+
+def train(recipe: Recipe, data: Dataset, seed: int = 0) -> tuple[CertifiedClassifier, list[dict[str, Any]]]:
+    """Train from fresh weights by Adam on a one-cycle schedule; returns the sealed model and one line per epoch.
+
+    A line holds the epoch, its steps, their mean loss, and the clean and certified accuracy on the validation set.
+
+    Raises:
+        SolveError: a state is not finite: the images are not, or training diverged.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = constrained(CertifiedClassifier(recipe)).to(data.train.images.device)
+    draws = torch.Generator().manual_seed(seed)
+    optimiser = torch.optim.Adam(model.parameters(), lr=recipe.lr)
+    steps = -(-len(data.train) // recipe.batch)
+    total = recipe.epochs * steps + 1
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, recipe.lr, total_steps=total, pct_start=0.2)
+    log = []
+    for epoch in range(1, recipe.epochs + 1):
+        order = torch.randperm(len(data.train), generator=draws).to(data.train.labels.device)
+        losses = torch.zeros((), device=order.device)
+        with bar(steps, f"M14: epoch {epoch}/{recipe.epochs}") as progress:
+            for rows in order.split(recipe.batch):
+                images = shifted(data.train.images[rows], recipe.shift, draws)
+                with parametrize.cached():
+                    loss = certified_loss(model, images, data.train.labels[rows])
+                optimiser.zero_grad()
+                loss.backward()
+                optimiser.step()
+                schedule.step()
+                losses += loss.detach()
+                progress.update()
+        reached = evaluate(sealed(model), data.validation)
+        log.append({"epoch": epoch, "steps": steps, "loss": losses.item() / steps, "validation": reached})
+    return sealed(model), log
+
+
+def save(path: Path, model: CertifiedClassifier, dtype: torch.dtype = torch.float32) -> None:
+    """Write the weights of a sealed model, rounded to `dtype`, with its recipe in the file's header (safetensors)."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    weights = {name: value.to(dtype).contiguous() for name, value in model.state_dict().items()}
+    save_file(weights, path, metadata={"recipe": json.dumps(asdict(model.recipe))})
+
+
+def load(path: Path) -> CertifiedClassifier:
+    """Read a model that `save` wrote, in float32. The certificate is that of the weights as they were rounded."""
+    with safe_open(path, framework="pt") as file:
+        recipe = json.loads(file.metadata()["recipe"])
+        tuples = {name: tuple(value) for name, value in recipe.items() if isinstance(value, list)}
+        return _with_weights(Recipe(**(recipe | tuples)), lambda name: file.get_tensor(name).float())
