@@ -19,19 +19,30 @@ def fields(results: Results) -> dict[str, dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
     for name in results.named("model"):
         record = results.record("spectra", name)
-        for label, field in record.result.items() if record else ():
-            title = results.called(name)
-            found.setdefault("untrained" if label == "untrained" else f"{title}{_stage(label)}", field)
+        for label in ("untrained", "trained") if record else ():
+            found.setdefault(label if label == "untrained" else results.called(name), record.result[label])
     return found
 
 
-def _stage(label: str) -> str:
-    return "" if label == "trained" else f", {label}"
+def _audited(results: Results) -> dict[str, dict[str, Any]]:
+    """The stability of each field after each phase of its training, and at other points than those of training."""
+    found: dict[str, dict[str, Any]] = {}
+    for name in results.named("model"):
+        trained, record, title = results.record("train", name), results.record("spectra", name), results.called(name)
+        lines = trained.result["epochs"] if trained else []
+        audits = [(line["phase"], line["trains"], line["audit"]) for line in lines if "audit" in line]
+        found |= {f"{title}, after phase {phase} ({part})": audit for phase, part, audit in audits}
+        for label, field in record.result.items() if record else ():
+            if label == "untrained":
+                found = {label: field} | found
+            else:
+                found[title if label == "trained" else f"{title}, {label}"] = field
+    return found
 
 
 def constraints_table(results: Results) -> Table:
     """T3: the share of points at which a field meets each constraint of the method, and how large it is there."""
-    found, sizes = fields(results), Sizes()
+    found, sizes = _audited(results), Sizes()
     names = list(dict.fromkeys(name for field in found.values() for name in field["constraints"]))
     rows = []
     for title, field in found.items():
@@ -44,14 +55,9 @@ def constraints_table(results: Results) -> Table:
         why = results.missing("spectra", name)
         if why and why != NOT_PLANNED:
             rows.append([Cell(results.called(name)), *[Cell(why)] * (len(names) + 5)])
-    header = [
-        "field",
-        *names,
-        "eigenvalues > 0",
-        "largest real part",
-        *(f"|f|, {q}" for q in ("5 %", "median", "95 %")),
-    ]
-    caption = f"T3. Share of the points, in %, that meet each constraint; {sizes}"
+    size = (f"|f|, {q}" for q in ("5 %", "median", "95 %"))
+    header = ["field", *names, "eigenvalues > 0", "largest real part", *size]
+    caption = f"T3. Share of the points, in %, that meet each constraint, at training images unless said; {sizes}"
     return Table(caption, header, rows, results.warnings)
 
 

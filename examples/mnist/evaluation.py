@@ -20,7 +20,7 @@ from .presets import Group, Suite
 from .progress import bar
 from .scores import Scores
 
-__all__ = ["attack_cell", "clean_cell", "craft", "judge", "probe_cell", "spectrum_cell"]
+__all__ = ["attack_cell", "clean_cell", "craft", "judge", "probe_cell", "spectrum_cell", "stability"]
 
 CHUNK = 500  # images attacked at once
 Plan = list[tuple[str, Method, View | None]]
@@ -187,11 +187,15 @@ def _zero_gradients(view: View, data: Split) -> dict[str, float]:
 
 
 def spectrum_cell(fields: Iterable[tuple[str, nn.Module, Tensor]]) -> dict[str, Any]:
-    """The eigenvalues' real parts of each field at its states, and the share of points that meet each constraint."""
-    return {name: _stability(f, z) for name, f, z in fields}
+    """The stability of each field at its states, and its eigenvalues' real parts."""
+    return {
+        name: {**stability(f, z), "real_parts": [round(x, 4) for x in spectrum(f, z).real.flatten().tolist()]}
+        for name, f, z in fields
+    }
 
 
-def _stability(f: nn.Module, z: Tensor) -> dict[str, Any]:
+def stability(f: nn.Module, z: Tensor) -> dict[str, Any]:
+    """The share of states (B, 64) at which a field meets each constraint, and the size of the field there."""
     real, report = spectrum(f, z).real, check_stability(f, z)
 
     def share(holds: Tensor) -> float:
@@ -199,7 +203,6 @@ def _stability(f: nn.Module, z: Tensor) -> dict[str, Any]:
 
     return {
         "points": len(z),
-        "real_parts": [round(value, 4) for value in real.flatten().tolist()],
         "mean": real.mean().item(),
         "largest": real.max().item(),
         "unstable": share(real > 0),

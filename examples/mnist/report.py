@@ -49,6 +49,7 @@ def write_report(out: Path) -> Path:
 def blocks(results: Results, out: Path) -> list[Block]:
     """The report, block by block; pictures are drawn into `out`."""
     primary = compare(results, *results.primary)
+    heads = tables.heads_table(results)
     seeds, certified = tables.seeds_table(results), audits.certified_table(results)
     found: list[Block | None] = [
         *_opening(results),
@@ -65,6 +66,7 @@ def blocks(results: Results, out: Path) -> list[Block]:
         _figure(results, out, "accuracy", figures.bars_figure, findings.accuracy),
         *(tables.attacks_table(results, threat) for threat in results.named("threat")),
         seeds if seeds.rows else None,
+        *([Heading("Does the head matter?"), heads] if heads else []),
         *([Heading("Certified"), certified] if certified else []),
         Heading("Are the constraints met?"),
         _figure(results, out, "eigenvalues", figures.spectra_figure, findings.spectra),

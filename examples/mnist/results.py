@@ -14,6 +14,7 @@ __all__ = ["KINDS", "NOT_PLANNED", "SIGNIFICANT", "WHITE_BOX", "Results", "mean"
 
 SIGNIFICANT = 0.05
 WHITE_BOX = "white-box"
+GRADIENT_FREE = ("bypass", "transfer", "black-box")  # groups without the model's own gradient
 NOT_PLANNED = "-"
 KINDS = ("train", "clean", "attack", "spectra", "probe")  # those that the report draws
 
@@ -162,7 +163,7 @@ class Results:
         if self._masked is None:
             raw = {}
             for (name, seed, threat, group), _ in self.found("attack"):
-                if threat is None or group is None or group == WHITE_BOX:
+                if threat is None or group is None or group not in GRADIENT_FREE:
                     continue
                 white, found = self.worst(threat, name, [WHITE_BOX], seed), self.attacks(threat, name, group, seed)
                 if white is not None and found:

@@ -17,11 +17,11 @@ from odelayers import SineField, SolveError
 
 from . import certified_training
 from .accuracy import states
-from .attacks import Threat, Transfer
+from .attacks import PGD, Threat, Transfer, perturb
 from .cells import Cell, needs
 from .certified import CertifiedClassifier
 from .data import Dataset, Split
-from .evaluation import Victim, attack_cell, clean_cell, craft, judge, probe_cell, spectrum_cell
+from .evaluation import Victim, attack_cell, clean_cell, craft, judge, probe_cell, spectrum_cell, stability
 from .models import DIM, Classifier, attacked
 from .presets import Preset
 from .recipes import Model
@@ -81,7 +81,8 @@ class Study:
 
     def _train(self, model: Classifier, spec: Model, seed: int, what: str, unfinished: Unfinished) -> dict[str, Any]:
         try:
-            log = train(model, self.data, spec.phases, spec.regularised, seed, what, unfinished)
+            audit = self._audit if spec.regularised else None
+            log = train(model, self.data, spec.phases, spec.regularised, seed, what, unfinished, audit)
         except Diverged as error:
             return {"diverged": str(error), **error.outcome}
         return self._outcome(model, log, seed)
@@ -168,17 +169,33 @@ class Study:
             lambda: probe_cell(self.load(cell.model, cell.seed), images, suite, config["seed"], cell.name),
         )
 
+    def _audit(self, model: Classifier) -> dict[str, Any]:
+        """The stability of the field on the way, at the first training images."""
+        z = states(model, self.data.train.images[: self.preset.spectrum_points])
+        return stability(model.block.f, z)
+
     def _spectra(self, cell: Cell, config: dict[str, Any]) -> Record:
-        """Eigenvalues at the same training points: of the trained field, and of one untrained at its states."""
-        config["points"] = count = self.preset.spectrum_points
+        """Stability at the same images: of an untrained field and of the trained one; there, on test images, attacked.
+
+        The attack is the primary threat's white-box PGD on the margin.
+        """
+        threat, method = self.preset.primary[2], PGD("margin", 40)
+        config |= {"points": self.preset.spectrum_points, "threat": asdict(threat), "attack": asdict(method)}
 
         def compute() -> dict[str, Any]:
-            choice = torch.Generator().manual_seed(config["seed"])
-            points = torch.randperm(len(self.data.train), generator=choice)[:count]
-            model = self.load(cell.model, cell.seed)
-            z = states(model, self.data.train.images[points.to(self.device)])
-            torch.manual_seed(config["seed"])
-            untrained = SineField(DIM).to(self.device)
-            return spectrum_cell([("untrained", untrained, z), ("trained", model.block.f, z)])
+            count, seed = self.preset.spectrum_points, config["seed"]
+            model, test = self.load(cell.model, cell.seed), self.data.test.first(count)
+            noise, start = (torch.Generator(self.device).manual_seed(n) for n in (seed, seed + 1))
+            view = attacked(model, self.preset.suite.draws, noise)
+            images = perturb(view, test.images, test.labels, threat, method, start)
+            z = states(model, self.data.train.images[:count])
+            torch.manual_seed(seed)
+            untrained, f = SineField(DIM).to(self.device), model.block.f
+            return spectrum_cell([
+                ("untrained", untrained, z),
+                ("trained", f, z),
+                ("test images", f, states(model, test.images)),
+                ("attacked test images", f, states(model, images)),
+            ])  # fmt: skip
 
         return self.records.stage(cell.name, config, compute)

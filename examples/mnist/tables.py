@@ -13,6 +13,7 @@ __all__ = [
     "attacks_table",
     "every_attack_table",
     "family_table",
+    "heads_table",
     "model_cell",
     "number",
     "paper_table",
@@ -246,6 +247,25 @@ def _effort(results: Results, threat: str, name: str, seeds: Sequence[int]) -> l
         return [Cell(NOT_PLANNED)] * 2
     queries, seconds = (sum(attack[what] for attack in attacks) / len(seeds) for what in ("queries", "seconds"))
     return [number(queries, f"{queries:,.0f}"), number(seconds, f"{seconds:,.1f}")]
+
+
+def heads_table(results: Results) -> Table | None:
+    """T4: the same model under other heads, clean and in the worst case; None where there is one head alone."""
+    models = {name: model for name in results.named("model") if (model := results.model(name))}
+    sodef = models.get("M3")
+    same = [n for n, m in models.items() if sodef and (m["block"], m["phases"]) == (sodef["block"], sodef["phases"])]
+    same = [n for n in same if models[n]["regularised"]]
+    if len(same) < 2:
+        return None
+    rows, sizes, threats = [], Sizes(), results.named("threat")
+    for name in same:
+        clean = [results.clean(name, seed) for seed in results.seeds(name)]
+        under = [
+            sizes.score(t, [results.worst(t, name, seed=seed) for seed in results.shown(t, name)]) for t in threats
+        ]
+        rows.append([model_cell(results, name), Cell(models[name]["head"]), sizes.score("clean", clean), *under])
+    caption = f"T4. SODEF under other heads: accuracy in %, clean and in the worst case of everything; {sizes}"
+    return Table(caption, ["model", "head", "clean", *threats], rows, results.warnings)
 
 
 def every_attack_table(results: Results) -> Table:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
@@ -53,6 +53,7 @@ def train(
     seed: int,
     what: str,
     unfinished: Unfinished = NOWHERE,
+    audit: Callable[[Classifier], dict[str, Any]] | None = None,
 ) -> list[dict[str, Any]]:
     """Train in place; returns one line per epoch.
 
@@ -63,7 +64,8 @@ def train(
 
     Order, noise and what penalties draw have generators of their own, so that models which differ in the noise alone
     see the same samples. Under a process group the processes train together: see `Processes`. After every epoch the
-    state goes to `unfinished`, and a training that was stopped goes on from there.
+    state goes to `unfinished`, and a training that was stopped goes on from there. The last line of a phase holds what
+    `audit` says of the model then.
 
     Raises:
         Diverged: the loss is no number, or a solve failed.
@@ -92,6 +94,8 @@ def train(
                 for epoch in range(done + 1, phase.epochs + 1):
                     line = learner.epoch(order, f"{label}, epoch {epoch}/{phase.epochs}")
                     line |= _judged(learner.result, phase, data.validation, judging, seed)
+                    if audit and epoch == phase.epochs:
+                        line["audit"] = audit(learner.result)
                     log.append({"phase": number, "trains": phase.trains, "epoch": epoch, **line})
                     states = [generator.get_state() for generator in (order, *draws)]
                     unfinished.keep(
