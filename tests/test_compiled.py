@@ -179,6 +179,15 @@ def test_a_solve_that_fails_fails_as_eagerly(solver: Any, grad: bool) -> None:
 
 @compiled
 @pytest.mark.timeout(600)
+def test_an_overflow_is_no_result_of_the_loop_either() -> None:
+    """The whole solve in one graph ends at inf, with an error of 0 beside it: the eager solve says what happened."""
+    ours, _ = pair(lambda z: torch.where(z > 1e38, 1e33, 0.0), t1=1e5, solver=Dopri5())
+    with torch.no_grad(), pytest.raises(SolveError, match=r"1 row\(s\) failed \[1\]"):
+        ours(torch.tensor([[1.0], [3.4e38]]))
+
+
+@compiled
+@pytest.mark.timeout(600)
 def test_running_integrals_and_half_precision(recwarn: pytest.WarningsRecorder) -> None:
     """Running regularisers give the eager integrals; a half-precision state is solved eagerly, with a warning."""
     ours, eager = pair(MLP(3, (4,)).double(), solver=RK4(4))

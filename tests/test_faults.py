@@ -87,6 +87,19 @@ def test_a_blow_up_on_a_fixed_grid_names_row_and_time(solver: Any) -> None:
     assert (error.rows, error.status) == ((1,), Status.BLOW_UP) and 1.0 <= error.t[0] < 1.2
 
 
+@pytest.mark.parametrize("solver", [Dopri5(), Tsit5(), OWN], ids=name)
+def test_a_state_that_overflows_with_a_small_error_is_no_result(solver: Any) -> None:
+    """At a constant rate a step has no error, and relative to inf it is 0: the row fails, its neighbour does not."""
+    z = torch.tensor([[1.0], [3.4e38]])
+    block = ODEBlock(lambda z: torch.where(z > 1e38, 1e33, 0.0), t1=1e5, solver=solver)
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad):
+            error = failure(block, z)
+            assert (error.rows, error.status) == ((1,), Status.BLOW_UP)
+            found = block.solve(z, on_failure="isolate").final
+        assert found[0] == 1.0 and found[1].isnan()
+
+
 def test_a_blow_up_inside_a_noisy_solve_names_row_and_time() -> None:
     """An SDE whose drift blows up fails with the row and the time of the step."""
     z = torch.tensor([[0.0], [40.0]], dtype=torch.float64)

@@ -14,7 +14,7 @@ from odelayers._checks import one_of, positive_int, positive_number
 from odelayers._driver import Driver
 from odelayers._evaluator import Evaluator, vmapped
 from odelayers._solution import SolveError, Status
-from odelayers._solvers.base import MarchingSolver, Norm, Path, State, Step, Taken, fail, row_rms
+from odelayers._solvers.base import MarchingSolver, Norm, Path, State, Step, Taken, fail, nonfinite_rows, row_rms
 from odelayers._solvers.compiled import Control, solved_loop, step_stages
 from odelayers._solvers.control import (
     GROW,
@@ -130,6 +130,9 @@ class AdaptiveRungeKutta(Adaptive):
             if tried >= self.max_steps or h < shortest or t + h * way == t:
                 if (t1 - t) * way > 0:
                     raise self.failure(f, before, attempt, errors, t, h * way, tried, driver)
+        infinite = nonfinite_rows(before[0].detach())  # whose error, relative to their size, is 0
+        if infinite.any():
+            raise fail(self, f, infinite, t1, driver, Status.BLOW_UP, f"after {tried} steps tried")
 
     def integrate(self, f: Evaluator, z0: Tensor, ts: Sequence[float], driver: Driver, norm: Norm = row_rms) -> Path:
         if self.batch == "independent":

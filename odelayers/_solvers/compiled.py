@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import types
 import warnings
 from collections.abc import Callable, Sequence
@@ -196,7 +197,8 @@ def _loop(
     t, _, z, _, accepted, tried = while_loop(  # type: ignore[no-untyped-call]
         going, body, (t0, h, z, k, zero, zero.clone())
     )
-    return z, torch.stack([(t1 - t) * way, accepted.to(t.dtype), tried.to(t.dtype)])
+    left = torch.where(z.isfinite().all(), (t1 - t) * way, math.nan)  # an overflow is no arrival
+    return z, torch.stack([left, accepted.to(t.dtype), tried.to(t.dtype)])
 
 
 def step_stages(
