@@ -22,7 +22,7 @@ from .scores import Scores
 
 __all__ = ["attack_cell", "clean_cell", "craft", "judge", "probe_cell", "spectrum_cell", "stability"]
 
-CHUNK = 500  # images attacked at once
+CHUNK = 250  # images attacked at once: more leave the cache of a CPU
 Plan = list[tuple[str, Method, View | None]]
 Made = Mapping[str, Tensor]
 Victim = Classifier | CertifiedClassifier
