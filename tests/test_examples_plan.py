@@ -5,15 +5,18 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
 from examples.mnist import data as mnist_data, evaluation
+from examples.mnist.accuracy import states
 from examples.mnist.attacks import AutoAttack, Method, Threat
 from examples.mnist.cells import plan
 from examples.mnist.certified import CertifiedClassifier, Recipe
 from examples.mnist.models import Block, Classifier, attacked, surrogate
 from examples.mnist.penalties import Constraints
+from examples.mnist.plane import plane_cell
 from examples.mnist.presets import Group, Model, Probe, Suite
 from examples.mnist.study import Study
 from examples.mnist.training import Adam, Phase, train
@@ -132,6 +135,25 @@ def test_half_the_solver_s_step_is_the_same_model_solved_more_finely(block):
         exact.block.f.load_state_dict(model.block.f.state_dict())
         far, near = ((m.end(z) - exact.end(z)).norm().item() for m in (model, fine))
         assert near < 0.7 * far + 1e-6
+
+
+def test_the_plane_is_that_of_the_two_principal_components(digits):
+    """The share of variance is numpy's; in the plane, states and arrows are the orthogonal projections of theirs."""
+    torch.manual_seed(0)
+    model, data = Classifier((2, 2, 4), Block("ode", t1=2.0)).eval().requires_grad_(False), digits.test.first(30)
+    found, z = plane_cell(model, data, 0), states(model, data.images)
+    path = model.block.solve(z, torch.linspace(0, 2, 41)).zs.double().numpy()
+    flat = path.reshape(-1, 64)
+    centre = flat.mean(0)
+    values, vectors = np.linalg.eigh(np.cov((flat - centre).T))
+    assert found["explained"] == pytest.approx(values[-2:].sum() / values.sum(), rel=1e-4)
+    tracks, axes = np.array(found["tracks"]), vectors[:, :-3:-1]
+    axes *= np.sign(axes.sum(0))
+    np.testing.assert_allclose(tracks, (path - centre) @ axes, atol=2e-4)
+    grid, arrows = np.array(found["grid"]), np.array(found["field"])
+    f = model.block.f(torch.from_numpy(centre + grid @ axes.T).float()).double().numpy()
+    np.testing.assert_allclose(arrows, f @ axes, atol=5e-4)
+    assert (grid.min(0) < tracks.min((0, 1))).all() and (grid.max(0) > tracks.max((0, 1))).all()
 
 
 class Killed(BaseException):

@@ -15,9 +15,9 @@ __all__ = ["certified_table", "constraints_table", "cost_table", "fields", "prob
 
 
 def fields(results: Results) -> dict[str, dict[str, Any]]:
-    """The stability of each field at the same points, first the untrained one; of every model its first seed."""
+    """The stability of the fields that are drawn, at the same points, first the untrained one; seed 0 of each."""
     found: dict[str, dict[str, Any]] = {}
-    for name in results.named("model"):
+    for name in results.drawn:
         record = results.record("spectra", name)
         for label in ("untrained", "trained") if record else ():
             found.setdefault(label if label == "untrained" else results.called(name), record.result[label])

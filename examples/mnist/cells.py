@@ -10,7 +10,7 @@ from .presets import Group, Model, Preset
 
 __all__ = ["Cell", "needs", "plan", "with_needs"]
 
-KINDS = ("train", "clean", "attack", "spectra", "probe")  # of equal rank, the first are worth more
+KINDS = ("train", "clean", "attack", "spectra", "plane", "probe")  # of equal rank, the first are worth more
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,8 @@ def _cells(preset: Preset, model: Model, seed: int) -> Iterator[Cell]:
         yield Cell(kind, model.name, seed)
     if model.regularised:
         yield Cell("spectra", model.name, seed)
+    if seed == 0 and model.block.kind in ("ode", "sde") and not model.block.extra:
+        yield Cell("plane", model.name, seed)
     for group in preset.suite.groups:
         for threat in preset.suite.threats:
             if group.covers(model, threat) and not (group.once and seed):

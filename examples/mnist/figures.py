@@ -19,7 +19,19 @@ from .audits import fields
 from .results import WHITE_BOX, Results, mean
 from .scores import Scores, wilson
 
-__all__ = ["bars_figure", "cost_figure", "curves", "plateaus", "radii_figure", "spectra_figure", "steps_figure"]
+__all__ = [
+    "COLOURS",
+    "Ground",
+    "bars_figure",
+    "cost_figure",
+    "curves",
+    "picture",
+    "picture_path",
+    "plateaus",
+    "radii_figure",
+    "spectra_figure",
+    "steps_figure",
+]
 
 # Okabe and Ito's palette, told apart by colour-blind readers; where its colours end, other dashes begin.
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#56B4E9", "#CC79A7", "#999999")
@@ -59,8 +71,8 @@ LIGHT, DARK = Ground("#FFFFFF", "#1A1A1A", "#E6E6E6", "#767676"), Ground("#16181
 
 
 @contextmanager
-def _picture(results: Results, path: Path, ground: Ground, rows: int, columns: int, size: tuple[float, float],
-             **shared: bool | str) -> Iterator[tuple[Figure, np.ndarray]]:  # fmt: skip
+def picture(results: Results, path: Path, ground: Ground, rows: int, columns: int, size: tuple[float, float],
+            **shared: bool | str) -> Iterator[tuple[Figure, np.ndarray]]:  # fmt: skip
     """Panels to draw on; what has been drawn is saved under a note that says what data it is, and all warnings."""
     with plt.rc_context(STYLE | ground.style):
         figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, **shared)
@@ -76,12 +88,12 @@ def _picture(results: Results, path: Path, ground: Ground, rows: int, columns: i
 
 def bars_figure(results: Results, out: Path, ground: Ground = LIGHT) -> Path:
     """The worst case of every model as a bar with its interval, and each group's as a mark: one panel per threat."""
-    threats, names, groups = results.named("threat"), results.named("model"), results.named("group")
+    threats, names, groups = results.named("threat"), results.drawn, results.named("group")
     columns = len(threats) if len(threats) <= 3 else -(-len(threats) // 2)
     rows = -(-len(threats) // columns)
     size = (9.0, rows * (0.42 * len(names) + 0.75) + 0.55)
-    path = _path(out, "accuracy", ground)
-    with _picture(results, path, ground, rows, columns, size, sharex=True, sharey=True) as (figure, panels):
+    path = picture_path(out, "accuracy", ground)
+    with picture(results, path, ground, rows, columns, size, sharex=True, sharey=True) as (figure, panels):
         marks = {"clean": ("|", ground.faint)} | {
             group: (MARKERS[i % 7], COLOURS[i % 7]) for i, group in enumerate(groups)
         }
@@ -160,7 +172,7 @@ def plateaus(results: Results) -> dict[str, dict[str, list[tuple[float, float]]]
 
 
 def _probes(results: Results, kind: str) -> Iterator[tuple[str, dict[str, str], int]]:
-    for name in results.named("model"):
+    for name in results.drawn:
         record = results.record("probe", name)
         for row in record.result["probes"] if record else ():
             if row["probe"] == kind:
@@ -170,21 +182,23 @@ def _probes(results: Results, kind: str) -> Iterator[tuple[str, dict[str, str], 
 def radii_figure(results: Results, out: Path, ground: Ground = LIGHT) -> Path | None:
     """Accuracy against the radius of the attack, one panel per norm; None before the first probe."""
     found = curves(results)
-    return _lines(results, _path(out, "radii", ground), ground, found, "largest change, {}") if found else None
+    return _lines(results, picture_path(out, "radii", ground), ground, found, "largest change, {}") if found else None
 
 
 def steps_figure(results: Results, out: Path, ground: Ground = LIGHT) -> Path | None:
     """Accuracy against the number of PGD's steps; None before the first probe."""
     found = plateaus(results)
-    return _lines(results, _path(out, "steps", ground), ground, found, "steps of PGD, {}", True) if found else None
+    return (
+        _lines(results, picture_path(out, "steps", ground), ground, found, "steps of PGD, {}", True) if found else None
+    )
 
 
 def _lines(
     results: Results, path: Path, ground: Ground, found: dict[str, dict[str, list[tuple[float, float]]]], label: str,
     logarithmic: bool = False,
 ) -> Path:  # fmt: skip
-    with _picture(results, path, ground, 1, len(found), (9.0, 3.5), sharey=True) as (figure, panels):
-        names = results.named("model")
+    with picture(results, path, ground, 1, len(found), (9.0, 3.5), sharey=True) as (figure, panels):
+        names = results.drawn
         for panel, (what, lines) in zip(panels, found.items(), strict=True):
             for name, points in lines.items():
                 i = names.index(name)
@@ -208,13 +222,13 @@ def _lines(
 
 def spectra_figure(results: Results, out: Path, ground: Ground = LIGHT) -> Path | None:
     """Histogram of the real parts of the eigenvalues, one row per field over one axis; None before the first record."""
-    found = fields(results)
+    found, names = fields(results), results.drawn
     if not found:
         return None
     values = [value for field in found.values() for value in field["real_parts"]]
-    edges, path = _bins(min(values), max(values)), _path(out, "spectra", ground)
-    size, names = (8.6, 1.25 * len(found) + 0.9), results.named("model")
-    with _picture(results, path, ground, len(found), 1, size, sharex=True, sharey=True) as (figure, panels):
+    edges, path = _bins(min(values), max(values)), picture_path(out, "spectra", ground)
+    size = (8.6, 1.25 * len(found) + 0.9)
+    with picture(results, path, ground, len(found), 1, size, sharex=True, sharey=True) as (figure, panels):
         for panel, (title, field) in zip(panels, found.items(), strict=True):
             share = np.full(len(field["real_parts"]), 100 / len(field["real_parts"]))
             colour = ground.faint if title == "untrained" else COLOURS[names.index(title.split()[0]) % 7]
@@ -240,8 +254,8 @@ def cost_figure(results: Results, out: Path, ground: Ground = LIGHT) -> Path | N
     names = [name for name in results.named("model") if results.seeds(name)]
     if not names:
         return None
-    path = _path(out, "cost", ground)
-    with _picture(results, path, ground, 1, 1, (8.6, 0.38 * len(names) + 1.0)) as (_, (panel,)):
+    path = picture_path(out, "cost", ground)
+    with picture(results, path, ground, 1, 1, (8.6, 0.38 * len(names) + 1.0)) as (_, (panel,)):
         for position, name in enumerate(names):
             own, before = seconds(results, name), sum(seconds(results, other) for other in ancestors(results, name))
             panel.barh(
@@ -277,5 +291,6 @@ def ancestors(results: Results, name: str) -> list[str]:
     return [start, *ancestors(results, start)] if start else []
 
 
-def _path(out: Path, name: str, ground: Ground) -> Path:
+def picture_path(out: Path, name: str, ground: Ground) -> Path:
+    """Where a picture lies."""
     return out / f"{name}{'-dark' if ground == DARK else ''}.png"

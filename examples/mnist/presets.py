@@ -73,6 +73,7 @@ class Preset:
     models: tuple[Model, ...]
     suite: Suite
     primary: tuple[str, str, Threat] = ("M4", "M5", Threat("l2", 0.5))  # compared as said in advance
+    drawn: tuple[str, ...] | None = None  # models that pictures show; None: all
     spectrum_points: int = 100
     train_images: int | None = None
     validation_images: int | None = None
@@ -203,6 +204,7 @@ FULL = replace(
         draws=8,
         judging_draws=32,
     ),
+    drawn=("M0", "M1", "M3", "M4", "M5", "M12-pgd-M0", "M12-pgd-M3", "M13", "M14"),
 )
 
 PRESETS = {preset.name: preset for preset in (SMOKE, QUICK, FULL)}

@@ -11,6 +11,7 @@ from . import audits, figures, findings, tables
 from .comparisons import compare
 from .document import Block, Code, Figure, Heading, Text, markdown
 from .page import page
+from .plane_figure import plane_figure, plane_text
 from .results import KINDS, Results
 
 __all__ = ["blocks", "write_report"]
@@ -71,6 +72,7 @@ def blocks(results: Results, out: Path) -> list[Block]:
         Heading("Are the constraints met?"),
         _figure(results, out, "eigenvalues", figures.spectra_figure, findings.spectra),
         audits.constraints_table(results),
+        _figure(results, out, "vector field", plane_figure, plane_text),
         Heading("Can the attacks be trusted?"),
         _figure(results, out, "accuracy by radius", figures.radii_figure, findings.radii),
         _figure(results, out, "accuracy by steps", figures.steps_figure, findings.steps),

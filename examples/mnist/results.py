@@ -16,7 +16,7 @@ SIGNIFICANT = 0.05
 WHITE_BOX = "white-box"
 GRADIENT_FREE = ("bypass", "transfer", "black-box")  # groups without the model's own gradient
 NOT_PLANNED = "-"
-KINDS = ("train", "clean", "attack", "spectra", "probe")  # those that the report draws
+KINDS = ("train", "clean", "attack", "spectra", "plane", "probe")  # those that the report draws
 
 
 class Results:
@@ -47,6 +47,11 @@ class Results:
         """The comparison that was said in advance: the noisy model, its control, and the threat."""
         noise, control, threat = self.run["primary"]
         return noise, control, threat
+
+    @property
+    def drawn(self) -> list[str]:
+        """The models that pictures show: all of them, or those that the preset names."""
+        return [name for name in self.named("model") if name in (self.run.get("drawn") or self.named("model"))]
 
     def named(self, part: str) -> list[Any]:
         """The models, seeds, threats or groups ("model", ...) of the plan, in its order; models by their number."""

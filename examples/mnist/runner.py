@@ -65,7 +65,8 @@ class _Ledger:
             for cell in self.planned
         ]  # fmt: skip
         first, second, threat = self.preset.primary
-        write(self.out / "run.json", {**self.about, "primary": [first, second, str(threat)], "cells": cells})
+        primary, drawn = [first, second, str(threat)], self.preset.drawn
+        write(self.out / "run.json", {**self.about, "primary": primary, "drawn": drawn, "cells": cells})
 
 
 def run(

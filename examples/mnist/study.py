@@ -23,6 +23,7 @@ from .certified import CertifiedClassifier
 from .data import Dataset, Split
 from .evaluation import Victim, attack_cell, clean_cell, craft, judge, probe_cell, spectrum_cell, stability
 from .models import DIM, Classifier, attacked
+from .plane import plane_cell
 from .presets import Preset
 from .recipes import Model
 from .records import Record, Records, save_weights
@@ -173,6 +174,15 @@ class Study:
         """The stability of the field on the way, at the first training images."""
         z = states(model, self.data.train.images[: self.preset.spectrum_points])
         return stability(model.block.f, z)
+
+    def _plane(self, cell: Cell, config: dict[str, Any]) -> Record:
+        """The field in two principal components."""
+        config["images"] = count = 10 * self.preset.spectrum_points
+        return self.records.stage(
+            cell.name,
+            config,
+            lambda: plane_cell(self.load(cell.model, cell.seed), self.data.test.first(count), config["seed"]),
+        )
 
     def _spectra(self, cell: Cell, config: dict[str, Any]) -> Record:
         """Stability at the same images: of an untrained field and of the trained one; there, on test images, attacked.
