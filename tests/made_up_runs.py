@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -9,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from examples.mnist.cells import Cell, plan
-from examples.mnist.presets import PRESETS, Preset
+from examples.mnist.presets import PRESETS, Model, Preset
 from examples.mnist.records import write
 from examples.mnist.scores import Scores
 
@@ -20,9 +22,16 @@ Accuracy = Callable[[Cell], float]
 
 def preset(seeds: int = 1) -> Preset:
     """The smoke preset with more seeds."""
+    models = PRESETS["smoke"].models
     return replace(
         PRESETS["smoke"],
-        models=tuple(replace(m, seeds=1 if m.name == "M13" else seeds) for m in PRESETS["smoke"].models),
+        models=tuple(replace(m, seeds=1 if m.name == "M13" else seeds) for m in (*models, _other_head(models))),
+    )
+
+
+def _other_head(models: tuple[Model, ...]) -> Model:
+    return next(
+        replace(m, name="M3-linear", title="SODEF, linear head", head="linear") for m in models if m.name == "M3"
     )
 
 
@@ -90,7 +99,13 @@ def _scores(cell: Cell, accuracy: float, n: int, salt: int = 0) -> dict:
 
 def _result(study: Preset, cell: Cell, accuracy: Accuracy) -> dict:
     if cell.kind == "train":
-        return {"epochs": [], "steps": 12, "validation": 0.9, "parameters": 1234}
+        audit = {key: value for key, value in _field(-0.1, np.random.default_rng(1)).items() if key != "real_parts"}
+        lines = [
+            {"phase": 1, "trains": "block", "epoch": 1},
+            {"phase": 1, "trains": "block", "epoch": 2, "audit": audit},
+        ]
+        audited = study.model(cell.model).regularised
+        return {"epochs": lines if audited else [], "steps": 12, "validation": 0.9, "parameters": 1234}
     if cell.kind == "clean":
         return {"clean": _scores(cell, accuracy(cell), IMAGES), "nfe": 20, "milliseconds_128": 3.5}
     if cell.kind == "attack":
@@ -100,8 +115,13 @@ def _result(study: Preset, cell: Cell, accuracy: Accuracy) -> dict:
             name: {**_scores(cell, accuracy(cell), n, i), "queries": 700, "seconds": 1.5} for i, name in salted
         }}  # fmt: skip
     if cell.kind == "spectra":
-        fields = {"untrained": 0.1, "trained": -0.4}
+        fields = {"untrained": 0.1, "trained": -0.4, "attacked test images": -0.3}
         return {name: _field(mean, np.random.default_rng(len(cell.name))) for name, mean in fields.items()}
+    if cell.kind == "plane":
+        times, grid = [0.0, 5.0, 10.0], [[x, y] for x in (-1.0, 1.0) for y in (-1.0, 1.0)]
+        tracks = [[[2.0**-t * k, 1.0] for k in range(5)] for t in times]
+        return {"explained": 0.75, "times": times, "tracks": tracks, "labels": [0, 1, 2, 3, 4], "grid": grid,
+                "field": [[-x, 0.0] for x, _ in grid]}  # fmt: skip
     rows = [("radius", f"L2 {eps:g}", "PGD-5 margin", 0.98 - eps / 3) for eps in (0.5, 1.5, 3.0)]
     rows += [("radius", f"L-inf {eps:g}", "PGD-5 margin", 0.98 - 4 * eps) for eps in (0.05, 0.3)]
     rows += [("steps", "L2 1.5", f"PGD-{n} margin", 0.5 - n / 2000) for n in (40, 200)]
@@ -118,3 +138,20 @@ def _field(mean: float, random: np.random.Generator) -> dict:
         "points": 10, "real_parts": real.tolist(), "mean": real.mean(), "largest": real.max(), "constraints": shares,
         "unstable": float((real > 0).mean()), "residual": {"0.05": 0.1, "0.5": 0.2, "0.95": 0.3},
     }  # fmt: skip
+
+
+def records(out: Path) -> dict[str, dict]:
+    """What each record of a run holds, by the name of its cell."""
+    return {path.stem.removesuffix("-0"): json.loads(path.read_text()) for path in (out / "records").glob("*.json")}
+
+
+def table(text: str, caption: str) -> list[dict[str, str]]:
+    """The rows of the Markdown table whose caption begins so, by header."""
+    lines = text.split(f"**{caption}")[1].split("\n\n")[1].splitlines()
+    header, _, *rows = ([entry.strip() for entry in line.strip("|").split(" | ")] for line in lines)
+    return [dict(zip(header, row, strict=True)) for row in rows]
+
+
+def number(entry: str) -> float:
+    """The first number of an entry."""
+    return float(re.search(r"-?[\d.]+", entry.replace("*", ""))[0])

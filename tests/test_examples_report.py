@@ -6,7 +6,6 @@ import json
 import re
 import shutil
 from html.parser import HTMLParser
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,24 +18,7 @@ from examples.mnist.records import write
 from examples.mnist.report import write_report
 from examples.mnist.results import Results
 from examples.mnist.scores import holm, mcnemar, wilson
-from made_up_runs import FEW, IMAGES, WARNINGS, honest, made_up
-
-
-def records(out: Path) -> dict[str, dict]:
-    """What each record of a run holds, by the name of its cell."""
-    return {path.stem.removesuffix("-0"): json.loads(path.read_text()) for path in (out / "records").glob("*.json")}
-
-
-def table(text: str, caption: str) -> list[dict[str, str]]:
-    """The rows of the Markdown table whose caption begins so, by header."""
-    lines = text.split(f"**{caption}")[1].split("\n\n")[1].splitlines()
-    header, _, *rows = ([entry.strip() for entry in line.strip("|").split(" | ")] for line in lines)
-    return [dict(zip(header, row, strict=True)) for row in rows]
-
-
-def number(entry: str) -> float:
-    """The first number of an entry."""
-    return float(re.search(r"-?[\d.]+", entry.replace("*", ""))[0])
+from made_up_runs import FEW, IMAGES, WARNINGS, honest, made_up, number, records, table
 
 
 class Page(HTMLParser):
@@ -83,7 +65,7 @@ def test_the_report_needs_the_records_alone(finished, text, tmp_path):
     assert write_report(tmp_path) == tmp_path / "report.md"
     assert (tmp_path / "report.md").read_text() == text
     assert (tmp_path / "report.html").read_text() == (finished / "report.html").read_text()
-    for picture in ("accuracy", "radii", "steps", "spectra", "cost"):
+    for picture in ("accuracy", "radii", "steps", "spectra", "plane", "cost"):
         assert (tmp_path / f"{picture}.png").stat().st_size > 10_000, picture
         assert (tmp_path / f"{picture}-dark.png").stat().st_size > 10_000, picture
 
@@ -115,10 +97,24 @@ def test_every_accuracy_in_the_tables_is_the_records(finished, text):
     assert len(rows) == sum(len(record["result"].get("attacks", ())) for record in found.values())
 
 
+def test_constraints_are_audited_after_each_phase_and_at_attacked_images(text):
+    """T3 has a row for each: what a phase left behind, the trained field, and the same at images that were attacked."""
+    rows = [row["field"] for row in table(text, "T3. Share of the points")]
+    own = [row for row in rows if row.startswith("M3 SODEF") and "linear" not in row]
+    assert rows[0] == "untrained"
+    assert own == ["M3 SODEF, after phase 1 (block)", "M3 SODEF", "M3 SODEF, attacked test images"]
+
+
+def test_other_heads_stand_beside_the_fixed_simplex(text):
+    """T4 holds M3 and the model that differs from it in the head alone."""
+    rows = table(text, "T4. SODEF under other heads")
+    assert [(row["model"].split()[0], row["head"]) for row in rows] == [("M3", "simplex"), ("M3-linear", "linear")]
+
+
 def test_each_cell_has_its_wilson_interval_and_each_caption_its_n(text):
     """The interval printed beside a share is Wilson's for the n of the caption."""
     captions = [line for line in text.splitlines() if line.startswith("**") and "(*" in line]
-    assert len(captions) == 10 and all(re.search(r"\bn\b", line) for line in captions)
+    assert len(captions) == 11 and all(re.search(r"\bn\b", line) for line in captions)
     row = table(text, "T2. Accuracy in % under L2 0.5")[0]
     for column, n in (("FGSM ce", IMAGES - 20), ("clean", IMAGES), ("black-box, worst", FEW)):
         share, low, high = map(float, re.match(r"([\d.]+) \[([\d.]+), ([\d.]+)\]", row[column]).groups())
@@ -129,7 +125,7 @@ def test_the_warnings_stand_on_every_table_and_picture(finished, text):
     """A smoke run on a stand-in for MNIST says so beside each caption, in both forms, and in its opening."""
     captions = [line for line in text.splitlines() if line.startswith("**")]
     pictures = [after.split("\n\n")[1] for after in text.split("\n![")[1:]]
-    assert len(captions) == 10 and len(pictures) == 5
+    assert len(captions) == 11 and len(pictures) == 6
     assert all(f"(*{warning}*)" in line for line in captions + pictures for warning in WARNINGS)
     page = (finished / "report.html").read_text()
     for part in (*re.findall(r'<p class="caption">.*?</p>', page), *re.findall(r"<figcaption>.*?</figcaption>", page)):
@@ -150,7 +146,7 @@ def test_the_page_stands_alone_and_its_tables_sort(finished):
     assert heads == buttons > 50 and "aria-sort" in text
     body = text.split("T2. Accuracy in % under L2 0.5")[-1].split("<tbody>")[1].split("</tbody>")[0]
     headline = re.findall(r'<td data-value="([^"]+)"><strong>([\d.]+)</strong>', body)
-    assert len(headline) == 6
+    assert len(headline) == 7
     assert all(float(shown) == round(100 * float(value), 1) for value, shown in headline)
 
 
