@@ -68,7 +68,8 @@ def made_up(
         })  # fmt: skip
     about = {"preset": "smoke", "warning": WARNINGS[0], "data": "digits", "banner": "NOT MNIST: digits", "seed": 0}
     out.mkdir(exist_ok=True)
-    write(out / "run.json", {**about, "primary": ["M4", "M5", "L2 0.5"], "cells": manifest})
+    controls = {model.name: model.control for model in study.models}
+    write(out / "run.json", {**about, "primary": ["M4", "M5", "L2 0.5"], "controls": controls, "cells": manifest})
     return out
 
 

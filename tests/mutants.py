@@ -16,8 +16,9 @@ from cosmic_ray.mutating import mutate_code
 MODULES = ("_solvers/*.py", "_gradients/*.py", "_jacobian.py", "_linearize.py", "_krylov.py", "_linalg.py")
 MODULES += ("_squaring.py", "_hurwitz.py", "stability.py", "regularizers.py")
 OWN = {  # the tests that know a module best come first
-    "_solvers/adaptive.py": "solvers first_step step_control times faults isolate gradients",
+    "_solvers/adaptive.py": "solvers first_step step_control times faults isolate gradients compiled",
     "_solvers/base.py": "solvers isolate faults running times gradients",
+    "_solvers/compiled.py": "compiled compiled_calls",
     "_solvers/control.py": "first_step independent stiff_rows stiff rosenbrock solvers isolate faults",
     "_solvers/independent.py": "independent isolate",
     "_solvers/row_march.py": "stiff_rows independent stiff isolate recompute",
@@ -26,7 +27,7 @@ OWN = {  # the tests that know a module best come first
     "_solvers/reference.py": "adapters isolate faults",
     "_solvers/reference_sde.py": "adapters sde isolate",
     "_solvers/settling.py": "equilibrium equilibrium_calls implicit",
-    "_solvers/stages.py": "step_adjoint tableau solvers",
+    "_solvers/stages.py": "step_adjoint tableau solvers gradients compiled",
     "_solvers/coupled.py": "reversible reversible_refusals",
     "_gradients/reversible.py": "reversible reversible_refusals",
     "_solvers/factored.py": "rosenbrock",
@@ -37,7 +38,7 @@ OWN = {  # the tests that know a module best come first
     "_gradients/adjoint.py": "adjoint gradients recompute",
     "_gradients/implicit.py": "implicit equilibrium_calls",
     "_gradients/": "gradients recompute adjoint",
-    "_jacobian.py": "jacobian regularizers stability",
+    "_jacobian.py": "jacobian regularizers stability linearize transforms rosenbrock",
     "_linearize.py": "linearize jacobian regularizers",
     "_krylov.py": "krylov",
     "_linalg.py": "linalg stability",
@@ -46,7 +47,7 @@ OWN = {  # the tests that know a module best come first
     "stability.py": "stability theorems",
     "regularizers.py": "regularizers running",
 }
-NEXT = "reports construction tableau refusals conventions first_step running theory_linear transforms determinism"
+NEXT = "oracles reports construction refusals conventions running isolate faults gradients determinism transforms"
 NOT_FAST = ("docs", "house", "memory", "examples_")  # text and style, memory, and the study: no test of these modules
 PAIRS = "Add_Sub Sub_Add Mul_Div Div_Mul Pow_Mul FloorDiv_Mul Mod_Mul BitAnd_BitOr BitOr_BitAnd Is_IsNot IsNot_Is"
 COMPARISONS = ("Eq", "NotEq", "Lt", "LtE", "Gt", "GtE")

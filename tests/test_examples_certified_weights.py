@@ -71,3 +71,16 @@ def test_no_attack_breaks_a_certified_test_image(model, eps: float) -> None:
     broken = margin(model(found), test.labels) > 0
     assert not (broken & sure).any()
     assert (broken & ~sure).any() and sure.any()
+
+
+def test_a_model_that_computes_too_coarsely_is_not_certified(model, monkeypatch) -> None:
+    """Logits rounded as bfloat16 rounds them move radii by more than is taken off: an error, not a certificate."""
+    forward = certified.CertifiedClassifier.forward
+
+    def coarse(self, x, generator=None):
+        logits = forward(self, x)
+        return logits if logits.dtype == torch.float64 else logits.bfloat16().float()
+
+    monkeypatch.setattr(certified.CertifiedClassifier, "forward", coarse)
+    with pytest.raises(RuntimeError, match="more than the 0.0001 that is taken off them"):
+        certified.evaluate(model, load("digits").test)

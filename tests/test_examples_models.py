@@ -121,13 +121,14 @@ class _Ones(torch.nn.Module):
 
 
 def test_a_start_gives_what_fits_and_leaves_the_rest_fresh() -> None:
-    """Features always; a block only of the same shape; the simplex never becomes the start of a trained linear head."""
+    """Features always; a block only of the same shape; a head only of the same kind, though all have one shape."""
     torch.manual_seed(0)
     start = Classifier(WIDTHS, Block("ode"))
-    for block, head in ((Block("ode"), "linear"), (Block("ode", extra=4), "simplex"), (Block("none"), "simplex")):
+    heads = [(Block("ode"), head) for head in ("linear", "orthogonal", "random")]
+    for block, head in (*heads, (Block("ode", extra=4), "simplex"), (Block("none"), "simplex")):
         model = Classifier(WIDTHS, block, head=head)
         fresh = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-        model.start_from(start.state_dict())
+        model.start_from(start.state_dict(), same_head=head == "simplex")
         for name, tensor in model.state_dict().items():
             fits = name.startswith("features.") or (head == "simplex" and name.startswith("head."))
             fits = fits or (block == Block("ode") and name.startswith("block."))

@@ -109,14 +109,19 @@ def test_the_route_around_the_certified_blocks_has_the_models_values(digits):
 
 
 def test_autoattack_gets_one_draw_a_call(digits, monkeypatch):
-    """It averages over calls of its own; all other attacks see the suite's draws at once."""
+    """It averages over calls of its own; what it finds, and all other attacks, see the suite's draws at once."""
     torch.manual_seed(0)
     model, seen = Classifier((2, 2, 4), NOISY).eval().requires_grad_(False), []
-    monkeypatch.setattr(Method, "run", lambda self, view, x, *a, **k: seen.append(view(x).shape[0]) or x)
+
+    def run(self, view, x, *rest, gradient_from, **options):
+        seen.append((view(x).shape[0], gradient_from and gradient_from(x).shape[0]))
+        return x
+
+    monkeypatch.setattr(Method, "run", run)
     group = Group("rand", (AutoAttack("rand"), SMALL.suite.groups[0].attacks[0]))
     suite = Suite((), (), Probe(1, Threat("l2", 1.0), (), ()), draws=5, judging_draws=2)
     evaluation.attack_cell(model, digits.test.first(2), Threat("l2", 0.5), group, suite, {}, 0, "")
-    assert seen == [1, 5]
+    assert seen == [(5, 1), (5, None)]
 
 
 @pytest.mark.parametrize("block", [Block("ode", t1=2.0), Block("sde", t1=2.0, steps=4), NOISY])

@@ -76,23 +76,19 @@ def test_every_accuracy_in_the_tables_is_the_records(finished, text):
     for threat, slug in (("L2 0.5", "l2-0.5"), ("L2 1.5", "l2-1.5")):
         for row in table(text, f"T2. Accuracy in % under {threat}"):
             name = row["model"].split()[0]
-            worst, clean = [], []
-            for seed in range(1 if name == "M13" else 2):
-                packs = [
-                    pack
-                    for cell, record in found.items()
-                    if cell.startswith(f"attack-{name}-{slug}-") and cell.endswith(f"-s{seed}")
-                    for pack in record["result"]["attacks"].values()
-                ]
-                packs.append(found[f"clean-{name}-s{seed}"]["result"]["clean"])
-                draws = packs[0]["draws"]
-                counts = [[(ord(c) - 48) / draws for c in pack["counts"]] for pack in packs]
-                clean.append(np.mean(counts[-1]))
-                n = IMAGES - 20
-                worst.append(np.mean([min(each[i] for each in counts if i < len(each)) for i in range(n)]))
-            assert number(row["worst of everything"]) == round(100 * np.mean(worst), 1), (threat, name)
+            packs = [
+                pack
+                for cell, record in found.items()
+                if cell.startswith(f"attack-{name}-{slug}-") and cell.endswith("-s0")
+                for pack in record["result"]["attacks"].values()
+            ]
+            packs.append(found[f"clean-{name}-s0"]["result"]["clean"])
+            draws, n = packs[0]["draws"], IMAGES - 20
+            counts = [[(ord(c) - 48) / draws for c in pack["counts"]] for pack in packs]
+            worst = np.mean([min(each[i] for each in counts if i < len(each)) for i in range(n)])
+            assert number(row["worst of everything"]) == round(100 * worst, 1), (threat, name)
             assert row["worst of everything"].startswith("**"), "the headline is bold"
-            assert number(row["clean"]) == round(100 * np.mean(clean), 1), (threat, name)
+            assert number(row["clean"]) == round(100 * np.mean(counts[-1]), 1), (threat, name)
     rows = [line for line in text.split("**Every attack that was run")[1].splitlines() if line.startswith("| M")]
     assert len(rows) == sum(len(record["result"].get("attacks", ())) for record in found.values())
 
@@ -158,15 +154,18 @@ def test_the_masked_model_is_flagged_and_the_honest_ones_are_not(finished, text)
         assert flags and all(flag.startswith("no p = ") for flag in flags.values()), flags
     assert "**Masked**: what white-box attacks leave standing, others break, of M13 gradient masker (" in text
     results = Results(finished)
-    raw = {}
-    for key in results.masked:
-        threat, name, group, seed = key
-        white, other = (results.worst(threat, name, ["white-box"], seed), results.attacks(threat, name, group, seed))
-        least = np.min([scores.majority for scores in other.values()], axis=0)
-        raw[key] = mcnemar(white.majority[: len(least)], list(least), "greater")
-    deterministic = [key for key in raw if key[1] != "M4"]
-    corrected = dict(zip(raw, holm(list(raw.values())), strict=True))
-    assert all(results.masked[key] == pytest.approx(corrected[key]) for key in deterministic)
+    families = {key[:2] for key in results.masked if key[1] != "M4"}
+    assert len(families) > 5
+    for where in families:
+        raw = {}
+        for key in (key for key in results.masked if key[:2] == where):
+            threat, name, group, seed = key
+            white, other = results.worst(threat, name, ["white-box"], seed), results.attacks(threat, name, group, seed)
+            least = np.min([scores.counts for scores in other.values()], axis=0).astype(bool)
+            stood = np.array(white.counts[: len(least)], dtype=bool)
+            raw[key] = mcnemar(list(stood), list(least), "greater"), int((stood & ~least).sum())
+        corrected = dict(zip(raw, holm([p for p, _ in raw.values()]), strict=True))
+        assert all(results.masked[key] == pytest.approx((corrected[key], raw[key][1])) for key in raw)
 
 
 def pair(seed: int, difference: float, p: float) -> Pair:
@@ -196,6 +195,16 @@ def test_a_difference_is_claimed_only_where_mcnemar_and_the_seeds_agree(finished
     assert claimed == (verdict in ("better", "worse"))
 
 
+def test_nothing_is_answered_on_a_part_of_the_seeds(tmp_path):
+    """Two of three seeds in favour would be a yes: while the third is missing there is no verdict, here nor there."""
+    better = lambda cell: honest(cell) + 0.12 * (cell.model == "M4" and cell.group is not None)  # noqa: E731
+    missing = lambda cell: (cell.model, cell.seed, cell.kind) != ("M4", 2, "attack")  # noqa: E731
+    results = Results(made_up(tmp_path, better, seeds=3, has=missing))
+    found = compare(results, "M4", "M5", "L2 0.5")
+    assert len(found.pairs) == 2 and found.verdict().startswith("not answered yet: seed 2: M4 not run")
+    assert "**Not answered yet**" in findings.answer(results, found)
+
+
 def test_the_interval_over_seeds_is_students():
     """Mean, deviation and quantile by hand."""
     values = [0.01, 0.03, 0.08]
@@ -213,14 +222,16 @@ def test_the_primary_comparison_pairs_the_samples_of_each_seed(tmp_path):
     assert found.verdict() == "better" and [each.seed for each in found.pairs] == [0, 1, 2]
     for each in found.pairs:
         first, second = (results.worst("L2 0.5", name, seed=each.seed) for name in ("M4", "M5"))
-        assert (each.n, each.first, each.second) == (IMAGES - 20, first.right, second.right)
-        assert each.p == mcnemar(first.majority, second.majority)
+        assert (each.n, each.first, each.second) == (IMAGES - 20, first.mean, second.mean)
+        assert each.p == mcnemar(first.once, second.once)
     others = family(results)
     assert ("M4", "M5", "L2 0.5") not in {(c.first, c.second, c.threat) for c, _ in others}
     assert {("M4", "M5", "L2 1.5"), ("M4", "M5", None), ("M5", "M3", "L2 0.5"), ("M3", "M1", None)} <= {
         (c.first, c.second, c.threat) for c, _ in others
     }
-    assert [p for _, p in others] == holm([c.p for c, _ in others])
+    several = [(c, p) for c, p in others if len(c.pairs) > 1]
+    assert [p for _, p in several] == holm([c.p for c, _ in several])
+    assert all(p is None and c.verdict() == "not claimed: one seed" for c, p in others if len(c.pairs) == 1)
 
 
 LOST = "train-M1-s0 diverged: the mean loss is nan"

@@ -7,7 +7,7 @@ from typing import Any
 
 from .document import Cell, Table
 from .records import Record
-from .results import NOT_PLANNED, Results, mean
+from .results import NOT_PLANNED, Results, mean, seconds_of
 from .scores import Scores
 from .tables import Sizes, model_cell, number, share_cell
 
@@ -140,7 +140,7 @@ def cost_table(results: Results) -> Table:
             number(result["parameters"], f"{result['parameters']:,}"),
             number(result["steps"], f"{result['steps']:,}"),
             _mean([record.result["validation"] for record in trained], "{:.2f}", 100),
-            _mean([record["seconds"] for record in trained], "{:,.1f}"),
+            _mean([seconds_of(record) for record in trained], "{:,.1f}"),
             _mean([record["nfe"] for record in clean], "{:g}"),
             _mean([record["milliseconds_128"] for record in clean], "{:,.1f}"),
             _mean([sum(attack["seconds"] for attack in attacks) / len(trained)] if attacks else [], "{:,.1f}"),

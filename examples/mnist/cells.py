@@ -50,10 +50,10 @@ def plan(preset: Preset) -> list[Cell]:
 def _cells(preset: Preset, model: Model, seed: int) -> Iterator[Cell]:
     for kind in ("train", "clean", "probe"):
         yield Cell(kind, model.name, seed)
-    if model.regularised:
+    if model.has_field:
         yield Cell("spectra", model.name, seed)
-    if seed == 0 and model.block.kind in ("ode", "sde") and not model.block.extra:
-        yield Cell("plane", model.name, seed)
+        if seed == 0:
+            yield Cell("plane", model.name, seed)
     for group in preset.suite.groups:
         for threat in preset.suite.threats:
             if group.covers(model, threat) and not (group.once and seed):
@@ -76,7 +76,7 @@ def needs(preset: Preset, cell: Cell) -> tuple[Cell, ...]:
     """The trainings that must be there before a cell can be computed."""
     names = [preset.model(cell.model).start] if cell.kind == "train" else [cell.model]
     if cell.group:
-        names += cell.group.sources
+        names += cell.group.others(preset.model(cell.model))
     return tuple(Cell("train", name, _seed(preset, name, cell.seed)) for name in names if name is not None)
 
 

@@ -180,11 +180,20 @@ def evaluate(model: CertifiedClassifier, split: Split, radii: Sequence[float] = 
     """Clean accuracy of the model as it is, and the share of samples right and certified beyond each radius.
 
     `lipschitz` is the constant used, `rounding` the largest difference of the model's logits from those in float64.
+
+    Raises:
+        RuntimeError: the model computes too coarsely for what its certificate, in float64, allows for rounding.
     """
     exact = copy.deepcopy(model).double()
     pairs = [(model(part), exact(part.double())) for part in split.images.split(EVALUATION_BATCH)]
     logits, apart = torch.cat([y for y, _ in pairs]), torch.stack([(y - z).abs().max() for y, z in pairs])
     reach = model.certified_radius(split.images, split.labels)
+    own = margins(logits.double(), split.labels, exact.distances()).amin(1) / exact.lipschitz() - ROUNDING
+    if (moved := (own - reach).abs().max()) > ROUNDING:
+        raise RuntimeError(
+            f"evaluate: the radii of the model as it is differ from those in float64 by {moved:.2g}, more than the "
+            f"{ROUNDING:g} that is taken off them; on a GPU switch TF32 off (torch.backends.cudnn.allow_tf32 = False)"
+        )
     return {
         "clean": (logits.argmax(1) == split.labels).double().mean().item(),
         "certified": {str(radius): (reach > radius).double().mean().item() for radius in radii},

@@ -17,12 +17,11 @@ RULE = (
     f"A difference is claimed only when the paired McNemar test is significant at {SIGNIFICANT:.0%} (Holm-corrected, "
     "also over seeds) and the seeds agree: all of them, two at least, on one side, and zero outside of the t interval."
 )
-REGULARISER = ("M3", "M1")  # beside each model against the one it started from
 
 
 @dataclass(frozen=True)
 class Pair:
-    """Two models of one seed on the same `n` images: their accuracies (most frequent answer), and McNemar's p."""
+    """Two models of one seed on the same `n` images: accuracies, means over draws, and McNemar's p of one draw."""
 
     seed: int
     n: int
@@ -72,13 +71,15 @@ class Comparison:
 
     def verdict(self, p: float | None = None) -> str:
         """What may be said, with `p` corrected for the family that the comparison belongs to."""
-        if not self.pairs:
-            return self.waiting
+        if self.waiting:
+            return f"not answered yet: {self.waiting}"
+        if len(self.pairs) == 1:
+            return "not claimed: one seed"
         significant = (self.p if p is None else p) < SIGNIFICANT
         if significant and self.agree:
             return "better" if self.difference > 0 else "worse"
         if significant:
-            return "not claimed: one seed" if len(self.pairs) == 1 else "not claimed: the seeds disagree"
+            return "not claimed: the seeds disagree"
         return "not claimed: McNemar is not significant" if self.agree else "no difference"
 
 
@@ -91,48 +92,57 @@ def t_interval(values: list[float]) -> tuple[float, float] | None:
 
 
 def compare(results: Results, first: str, second: str, threat: str | None) -> Comparison:
-    """Pair two models on every seed for which both are complete; nothing is compared on a part of the attacks."""
-    pairs, waiting = [], []
-    for seed in results.named("seed"):
-        planned = all(results.missing("train", name, seed) != NOT_PLANNED for name in (first, second))
-        if not planned:
-            continue
-        lacking = [f"{name} {why}" for name in (first, second) if (why := _lacking(results, name, threat, seed))]
+    """Pair two models on every seed for which both are complete.
+
+    Both are judged, with all seeds, on the images and over the groups of attacks that all have in common.
+    """
+    names, found, waiting = (first, second), {}, []
+    planned = [
+        seed
+        for seed in results.named("seed")
+        if all(results.missing("train", name, seed) != NOT_PLANNED for name in names)
+    ]
+    groups = results.common(threat, names, planned) if threat else []
+    for seed in planned:
+        lacking = [f"{name} {why}" for name in names if (why := _lacking(results, name, threat, groups, seed))]
         if lacking:
             waiting.append(f"seed {seed}: {', '.join(lacking)}")
-            continue
-        one, other = (_scores(results, name, threat, seed) for name in (first, second))
-        n = min(len(one), len(other))
-        a, b = one.first(n), other.first(n)
-        pairs.append(Pair(seed, n, a.right, b.right, mcnemar(a.majority, b.majority)))
+        else:
+            found[seed] = [_scores(results, name, threat, groups, seed) for name in names]
+    n = min((len(scores) for each in found.values() for scores in each), default=0)
+    pairs = []
+    for seed, each in found.items():
+        a, b = (scores.first(n) for scores in each)
+        pairs.append(Pair(seed, n, a.mean, b.mean, mcnemar(a.once, b.once)))
     return Comparison(first, second, threat, tuple(pairs), "; ".join(waiting) or ("" if pairs else "not planned"))
 
 
-def _lacking(results: Results, name: str, threat: str | None, seed: int) -> str | None:
+def _lacking(results: Results, name: str, threat: str | None, groups: list[str], seed: int) -> str | None:
     """Why a model cannot be compared."""
     for kind in ("train", "clean"):
         if why := results.missing(kind, name, seed):
             return why
     if threat is None:
         return None
-    if lacking := results.lacks(threat, name, seed):
+    if lacking := [group for group in groups if results.missing("attack", name, seed, threat, group)]:
         return f"not run ({', '.join(lacking)})"
-    return None if results.worst(threat, name, seed=seed) else "not attacked"
+    return None if groups else "not attacked"
 
 
-def _scores(results: Results, name: str, threat: str | None, seed: int) -> Scores:
-    found = results.clean(name, seed) if threat is None else results.worst(threat, name, seed=seed)
+def _scores(results: Results, name: str, threat: str | None, groups: list[str], seed: int) -> Scores:
+    found = results.worst(threat, name, groups, seed) if threat else results.clean(name, seed)
     if found is None:
         raise RuntimeError(f"{name}, seed {seed}: no scores under {threat}, although none is missing")
     return found
 
 
-def family(results: Results) -> list[tuple[Comparison, float]]:
-    """All comparisons but the primary one, with p-values that Holm's correction makes hold together."""
-    models, (noise, control, threat) = results.named("model"), results.primary
-    asked = [(noise, control)]
-    asked += [(name, built["start"]) for name in models if (built := results.model(name)) and built["start"]]
-    asked += [REGULARISER] * (set(REGULARISER) <= set(models))
+def family(results: Results) -> list[tuple[Comparison, float | None]]:
+    """All comparisons but the primary one, with p-values that Holm's correction makes hold together.
+
+    One seed cannot be claimed to differ whatever its p, so it does not belong to the family: its p is None.
+    """
+    noise, control, threat = results.primary
+    asked = [(noise, control)] + [(name, other) for name in results.named("model") if (other := results.control(name))]
     found = [
         compare(results, first, second, where)
         for first, second in dict.fromkeys(asked)
@@ -140,4 +150,6 @@ def family(results: Results) -> list[tuple[Comparison, float]]:
         if (first, second, where) != (noise, control, threat)
     ]
     found = [comparison for comparison in found if comparison.pairs]
-    return list(zip(found, holm([comparison.p for comparison in found]), strict=True))
+    several = [comparison for comparison in found if len(comparison.pairs) > 1]
+    corrected = dict(zip(map(id, several), holm([comparison.p for comparison in several]), strict=True))
+    return [(comparison, corrected.get(id(comparison))) for comparison in found]

@@ -77,12 +77,14 @@ def attack_cell(
             scores = judge(model, Split(images, data.labels), suite.judging_draws, noise)
             found[name] = {**scores.pack(), "queries": queries, "seconds": seconds}
             largest = max(largest, _largest_change(images, data.images, threat))
+            if largest > threat.eps * (1 + 1e-5):
+                raise RuntimeError(f"{what}: {name} left the ball of {threat}: a change of {largest:g}")
 
         for name, method, gradient_from in plan:
             progress.set_postfix_str(name)
-            # AutoAttack averages over calls of its own: one draw a call.
-            draws = 1 if isinstance(method, AutoAttack) else suite.draws
-            view, started = Counted(attacked(model, draws, noise)), time.perf_counter()
+            view, started = Counted(attacked(model, suite.draws, noise)), time.perf_counter()
+            if isinstance(method, AutoAttack) and model.noisy:  # it averages over calls of its own: one draw a call
+                gradient_from = attacked(model, 1, noise)
             images = torch.cat([
                 perturb(
                     view, part.images, part.labels, threat, method, start,

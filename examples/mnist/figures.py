@@ -16,7 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from .audits import fields
-from .results import WHITE_BOX, Results, mean
+from .results import WHITE_BOX, Results, mean, seconds_of
 from .scores import Scores, wilson
 
 __all__ = [
@@ -280,7 +280,7 @@ def cost_figure(results: Results, out: Path, ground: Ground = LIGHT) -> Path | N
 
 def seconds(results: Results, name: str) -> float:
     """How long a model was trained itself, the mean over its seeds."""
-    found: Sequence[float] = [record["seconds"] for (n, *_), record in results.found("train") if n == name]
+    found: Sequence[float] = [seconds_of(record) for (n, *_), record in results.found("train") if n == name]
     return mean(found) if found else 0.0
 
 

@@ -16,13 +16,13 @@ def answer(results: Results, found: Comparison) -> str:
     """The answer to the question that was asked in advance, and what it rests on."""
     noise, control = map(results.called, (found.first, found.second))
     asked = f"Is {noise}, its noise on, more robust than {control}, in the worst case of each sample at {found.threat}?"
-    if not found.pairs:
+    if found.waiting:
         return f"{asked} **Not answered yet** ({found.waiting}). {RULE}"
     k, points, verdict = len(found.pairs), f"{100 * found.difference:+.1f} points", found.verdict()
     short = {"better": "Yes: the noise helps.", "worse": "No: the noise harms."}.get(
         verdict, "No difference can be claimed."
     )
-    reason = {"not claimed: one seed": "McNemar's test is significant, but one seed says nothing of another training",
+    reason = {"not claimed: one seed": "one seed says nothing of another training",
               "not claimed: the seeds disagree": "McNemar's test is significant, but the seeds disagree",
               "not claimed: McNemar is not significant": "the seeds agree, but McNemar's test is not significant",
               "no difference": f"McNemar's test is not significant at the {SIGNIFICANT:.0%} level"}  # fmt: skip
@@ -32,8 +32,7 @@ def answer(results: Results, found: Comparison) -> str:
     if interval := found.interval:
         over = f", 95 % t interval over {k} seeds [{100 * interval[0]:+.1f}, {100 * interval[1]:+.1f}]"
     p = f"McNemar p = {found.p:.2g}" + (f" (smallest of {k} seeds, Holm-corrected)" if k > 1 else ", from one seed")
-    missing = f" Still missing: {found.waiting}." if found.waiting else ""
-    return f"{asked} **{short}**{warned}{because} The difference is {points}{over}; {p}.{missing} {RULE}"
+    return f"{asked} **{short}**{warned}{because} The difference is {points}{over}; {p}. {RULE}"
 
 
 def accuracy(results: Results) -> str:
@@ -68,8 +67,10 @@ def masking(results: Results) -> str:
     if parts:
         return f"**Masked**: what white-box attacks leave standing, others break, of {'; '.join(parts)}."
     if results.masked:
+        groups = list(dict.fromkeys(group for _, _, group, _ in results.masked))
         return (
-            "No model is masked: no attack without the model's own gradient breaks significantly more than white-box."
+            f"No model was flagged as masked: none of {', '.join(groups)}, where they were run, breaks significantly "
+            "more than the model's own gradient does."
         )
     return "Whether a model is masked is not known yet: no other group than white-box has been run."
 
@@ -128,9 +129,9 @@ def spectra(results: Results) -> str:
     moved, by_noise = wasserstein_distance(before, longer), wasserstein_distance(noisy, longer)
     size = found[names[2]]["residual"]["0.5"]
     return (
-        f"{text} The longer training moved an eigenvalue by {moved:.2g} on average (Wasserstein distance of {control} "
-        f"from {start}), the noise by {by_noise:.2g} ({noise} from {control}). The noise is a multiple of the field, "
-        f"whose median size at these points is {size:.2g}."
+        f"{text} The distributions of the eigenvalues differ by {moved:.2g} through the longer training (Wasserstein "
+        f"distance of {control} from {start}), and by {by_noise:.2g} through the noise ({noise} from {control}). The "
+        f"noise is a multiple of the field, whose median size at these points is {size:.2g}."
     )
 
 

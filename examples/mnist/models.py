@@ -215,20 +215,23 @@ class Classifier(nn.Module):
         """The states that the block's field sees at the start: `z`, padded where the block is augmented."""
         return pad(z, (0, self.spec.extra))
 
-    def start_from(self, state: Mapping[str, Tensor]) -> None:
-        """Take a trained model's weights as far as they are this one's: features always, block and head where they fit.
+    def start_from(self, state: Mapping[str, Tensor], same_head: bool = True) -> None:
+        """Take a trained model's weights as far as they are this one's: features always, the block where it fits.
 
-        A block that the other lacks, or that has another shape, stays fresh, and so does a head of another kind.
+        A block that the other lacks, or that has another shape, stays fresh. So does the head, unless it is of the
+        `same_head` kind: all kinds have the same shape.
 
         Raises:
             RuntimeError: the features do not fit.
         """
+
+        def shapes(state: Mapping[str, Tensor], part: str) -> dict[str, torch.Size]:
+            return {name: tensor.shape for name, tensor in state.items() if name.startswith(part)}
+
         own = self.state_dict()
         for part in ("block.", "head."):
-            fits = {name: tensor.shape for name, tensor in own.items() if name.startswith(part)} == {
-                name: tensor.shape for name, tensor in state.items() if name.startswith(part)
-            }
-            if not fits:
+            fits = shapes(own, part) == shapes(state, part)
+            if not fits or (part == "head." and not same_head):
                 state = {name: tensor for name, tensor in state.items() if not name.startswith(part)}
         missing, unexpected = self.load_state_dict(dict(state), strict=False)
         strange = [name for name in (*missing, *unexpected) if not name.startswith(("block.", "head."))]
@@ -240,14 +243,23 @@ class Classifier(nn.Module):
         return self.head(self.end(self.features(x), generator))
 
 
-def attacked(model: Classifier, draws: int, generator: torch.Generator) -> Callable[[Tensor], Tensor]:
-    """The model as an attack sees it: logits (B, 10), or (draws, B, 10) where it draws noise (features shared)."""
+@dataclass(frozen=True)
+class View:
+    """The model as an attack sees it: logits (B, 10), or (draws, B, 10) where it draws from `noise`."""
 
-    def logits(x: Tensor) -> Tensor:
-        z = model.features(x)
-        return _shaped(model, model.head(model.end(_draws(model, z, draws), generator)), len(x))
+    model: Classifier
+    draws: int
+    noise: torch.Generator
 
-    return logits
+    def __call__(self, x: Tensor) -> Tensor:
+        """The logits of images (B, 1, 28, 28)."""
+        model, z = self.model, self.model.features(x)
+        return _shaped(model, model.head(model.end(_draws(model, z, self.draws), self.noise)), len(x))
+
+
+def attacked(model: Classifier, draws: int, generator: torch.Generator) -> View:
+    """The model as an attack sees it."""
+    return View(model, draws, generator)
 
 
 def surrogate(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 from .attacks import PGD, SPSA, AutoAttack, Method, SimBA, Square, Threat, Transfer
 from .models import Block
@@ -10,6 +11,7 @@ from .recipes import Effort, Model, cycle, further, sodef
 
 __all__ = ["PRESETS", "Group", "Model", "Preset", "Probe", "Suite"]
 
+TWIN = "twin"
 NO_EVIDENCE = "a smoke run, not evidence"
 
 
@@ -18,7 +20,8 @@ class Group:
     """Attacks that are run and recorded together on the first `images` test images (None: all of them).
 
     `gradient` says where their gradients come from: the model's "own", "around" the block on each of its routes, or
-    "others", the models named in `sources`. `models` and `threats` name those that the group is for (None: all).
+    "others", the models named in `sources`, of which "twin" is the model's own. `models` and `threats` name those that
+    the group is for (None: all), `but` models that it is not for.
     """
 
     name: str
@@ -29,6 +32,7 @@ class Group:
     models: tuple[str, ...] | None = None
     threats: tuple[str, ...] | None = None
     once: bool = False
+    but: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.gradient not in ("own", "around", "others"):
@@ -36,9 +40,14 @@ class Group:
 
     def covers(self, model: Model, threat: Threat) -> bool:
         """Whether this model is attacked so within this threat."""
-        named = (self.models is None or model.name in self.models) and model.name not in self.sources
-        around = self.gradient != "around" or model.goes_around
-        return named and around and (self.threats is None or str(threat) in self.threats)
+        named = (self.models is None or model.name in self.models) and model.name not in self.but
+        able = {"own": True, "around": model.goes_around, "others": bool(self.others(model))}[self.gradient]
+        return named and able and (self.threats is None or str(threat) in self.threats)
+
+    def others(self, model: Model) -> tuple[str, ...]:
+        """The models whose images are shown to this one."""
+        names = (model.twin if name == TWIN else name for name in self.sources)
+        return tuple(name for name in dict.fromkeys(names) if name != model.name)
 
 
 @dataclass(frozen=True)
@@ -88,6 +97,9 @@ class Preset:
                     f"later or has {seeds.get(model.start, 0)}"
                 )
             seeds[model.name] = model.seeds
+        for model in self.models:
+            if model.control is not None and model.control not in seeds:
+                raise ValueError(f"preset {self.name}: {model.name} is compared with {model.control}, which is missing")
 
     def model(self, name: str) -> Model:
         """The model of that name."""
@@ -99,48 +111,52 @@ def _models(
 ) -> tuple[Model, ...]:
     """The models of the study; only the epochs and the seeds of their training differ between presets.
 
-    M3 follows the paper: integration to T = 10, Adam on batches of 128, the phases of `recipes.sodef`; M1 is M3 without
-    the regulariser. M4 and M5 differ in p alone: same solver, start, steps and order of samples.
+    M3 has the paper's integration to T = 10, Adam on batches of 128, and the phases of `recipes.sodef`; M1 is M3
+    without the regulariser, and at the rate 1e-3 throughout. M4 and M5 differ in p alone: same solver, start, steps
+    and order of samples.
     """
     ode, noise, quiet = Block("ode"), Block("sde", p=0.1), Block("sde", p=0.0)
     first, more = (cycle("all", features, 3e-3),), (cycle("block", longer),)
     return (
         Model("M0", "features + head", Block("none"), None, first, seeds=max(seeds, others)),
         Model("M1", "plain ODE", ode, "M0", sodef(fresh, lr=1e-3), seeds=others),
-        Model("M3", "SODEF", ode, "M0", sodef(fresh), regularised=True, seeds=seeds),
-        Model("M4", "SODEF_0.9", noise, "M3", more, regularised=True, seeds=seeds),
+        Model("M3", "SODEF", ode, "M0", sodef(fresh), regularised=True, seeds=seeds, control="M1"),
+        Model("M4", "SODEF_0.9", noise, "M3", more, regularised=True, seeds=seeds, control="M5"),
         Model("M5", "SODEF, trained as long", quiet, "M3", more, regularised=True, seeds=seeds),
         Model("M13", "gradient masker", Block("staircase"), "M0"),
     )
 
 
+# The net that transferred images come from beside a model's twin, of another kind: see `features.ConvFeatures`.
+INDEPENDENT = Model(
+    "M0-conv", "independent CNN", Block("none"), None, (cycle("all", 10, 3e-3),), net="conv", widths=(16, 32, 100)
+)
 THREATS = (Threat("l2", 0.5), Threat("l2", 1.5), Threat("linf", 0.1))
 FGSM = PGD("ce", steps=1, rate=1.0, random_start=False)
+SOURCES = (TWIN, INDEPENDENT.name)
 RADII = (("l2", (0.25, 0.5, 1.0, 1.5, 2.0, 3.0, 5.0)), ("linf", (0.02, 0.05, 0.1, 0.2, 0.3, 0.5)))
 
 
-def _groups(
-    images: int | None,
-    few: int,
-    steps: int,
-    queries: int,
-    threats: tuple[str, ...] | None = None,
-    sources: tuple[str, ...] = ("M0",),
+def _attacked(
+    images: int | None, steps: int, sources: tuple[str, ...], threats: tuple[str, ...] | None = None
 ) -> tuple[Group, ...]:
-    """White-box, bypass and transfer on `images`, black-box on the first `few`.
+    """White-box, bypass and transfer.
 
     Steps of a quarter of the radius find more than short ones where many are taken, and less where few are.
     """
     half = max(1, steps // 2)
-    pgd = PGD("ce", steps), PGD("margin", steps, rate=steps / 4), PGD("dlr", half, rate=half / 4)
-    around = PGD("margin", half, rate=half / 4)
-    black = Square(queries), SPSA(steps=max(2, queries // 250)), SimBA(steps=queries // 2)
+    own, around = PGD("margin", steps, rate=steps / 4), PGD("margin", half, rate=half / 4)
     return (
-        Group("white-box", (FGSM, *pgd), images, threats=threats),
+        Group("white-box", (FGSM, PGD("ce", steps), own), images, threats=threats),
         Group("bypass", (around,), images, "around", threats=threats),
         Group("transfer", (Transfer(PGD("margin", steps)),), images, "others", sources, threats=threats),
-        Group("black-box", black, few, threats=threats),
     )
+
+
+def _black(images: int, queries: int, threats: tuple[str, ...] | None = None, **named: Any) -> Group:
+    """Attacks without any gradient: so many queries for Square, and about as many for SPSA and for SimBA."""
+    attacks = Square(queries), SPSA(steps=max(2, queries // 64), samples=32), SimBA(steps=queries // 2)
+    return Group("black-box", attacks, images, threats=threats, **named)
 
 
 QUICK = Preset(
@@ -150,7 +166,7 @@ QUICK = Preset(
     models=_models(features=3, fresh=(1, 1, 1), longer=3),
     suite=Suite(
         threats=THREATS,
-        groups=_groups(images=400, few=50, steps=40, queries=200),
+        groups=(*_attacked(images=400, steps=40, sources=(TWIN,)), _black(images=50, queries=500)),
         probe=Probe(100, THREATS[1], (("l2", (0.5, 1.5, 3.0)), ("linf", (0.05, 0.1, 0.3))), (40, 200)),
         draws=8,
         judging_draws=32,
@@ -163,7 +179,7 @@ SMOKE = replace(
     models=_models(features=2, fresh=(1, 1, 1), longer=1),
     suite=Suite(
         threats=THREATS[:2],
-        groups=_groups(images=40, few=10, steps=5, queries=20),
+        groups=(*_attacked(images=40, steps=5, sources=(TWIN,)), _black(images=10, queries=20)),
         probe=Probe(20, THREATS[1], (("l2", (0.5, 3.0)),), (5, 10)),
         draws=2,
         judging_draws=8,
@@ -173,13 +189,11 @@ SMOKE = replace(
     test_images=1_000,
 )
 
-# The net that transferred images come from beside M0, of another kind: see `features.ConvFeatures`.
-INDEPENDENT = Model(
-    "M0-conv", "independent CNN", Block("none"), None, (cycle("all", 10, 3e-3),), net="conv", widths=(16, 32, 100)
-)
-OTHER_THREATS = ("L2 1.5", "L-inf 0.1", "L-inf 0.3")
-NATURAL, ROBUST = ("M0", "M3", "M5", "M14"), ("M12-pgd-M0", "M12-pgd-M3", "M12-trades-M0", "M12-trades-M3")
-SOURCES = ("M0", INDEPENDENT.name)
+MAIN = ("M0", "M1", "M3", "M4", "M5", "M12-pgd-M0", "M12-pgd-M3", "M13", "M14")
+STILL = ("M0", "M1", "M3", "M5", "M14")
+ROBUST = ("M12-pgd-M0", "M12-pgd-M3", "M12-trades-M0", "M12-trades-M3")
+PRIMARY, OTHER = ("L2 0.5",), ("L2 1.5", "L-inf 0.1", "L-inf 0.3")
+OWN = PGD("margin", 40, restarts=5, rate=10)
 FULL = replace(
     QUICK,
     name="full",
@@ -192,19 +206,23 @@ FULL = replace(
     suite=Suite(
         threats=(*THREATS, Threat("linf", 0.3)),
         groups=(
-            # The threat of the primary comparison on the whole test set, the others on its first thousand.
-            *_groups(images=None, few=1_000, steps=40, queries=1_000, threats=("L2 0.5",), sources=SOURCES),
+            # The threat of the primary comparison on the whole test set, more restarts and all else on a part.
+            *_attacked(images=None, steps=40, sources=SOURCES, threats=PRIMARY),
+            Group("white-box, restarts", (OWN, PGD("dlr", 40, 2, rate=10)), 1_000, threats=PRIMARY, models=MAIN),
+            _black(images=500, queries=2_000, threats=PRIMARY, models=MAIN),
             # The standard version is for what is deterministic, "rand" for what draws noise.
-            Group("AutoAttack", (AutoAttack("standard"),), 1_000, models=NATURAL, threats=("L2 0.5",), once=True),
-            Group("AutoAttack, rand", (AutoAttack("rand"),), 1_000, models=("M4",), threats=("L2 0.5",), once=True),
-            *_groups(1_000, few=200, steps=40, queries=1_000, threats=OTHER_THREATS, sources=SOURCES),
-            Group("AutoAttack, L-inf", (AutoAttack("standard"),), 1_000, models=ROBUST, threats=("L-inf 0.3",)),
+            Group("AutoAttack", (AutoAttack("standard"),), 1_000, threats=PRIMARY, models=STILL, once=True),
+            Group("AutoAttack, rand", (AutoAttack("rand"),), 1_000, threats=PRIMARY, models=("M4",), once=True),
+            *_attacked(images=1_000, steps=40, sources=SOURCES, threats=OTHER),
+            Group("AutoAttack, L-inf", (AutoAttack("standard"),), 1_000, threats=("L-inf 0.3",), models=ROBUST),
+            _black(images=100, queries=2_000, threats=OTHER, models=MAIN),
+            _black(images=100, queries=2_000, threats=PRIMARY, but=MAIN),
         ),
         probe=Probe(500, THREATS[1], RADII, (40, 100, 1_000)),
         draws=8,
         judging_draws=32,
     ),
-    drawn=("M0", "M1", "M3", "M4", "M5", "M12-pgd-M0", "M12-pgd-M3", "M13", "M14"),
+    drawn=MAIN,
 )
 
 PRESETS = {preset.name: preset for preset in (SMOKE, QUICK, FULL)}

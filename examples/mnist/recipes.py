@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 from .adversary import PGD, TRADES, Adversary
 from .certified import Recipe
-from .models import Block
+from .models import SOLVED, Block
 from .penalties import Constraints, LyaNet, Penalty, SteadyState, Transport
 from .phases import SGD, Adam, Phase
 
@@ -19,7 +20,8 @@ class Model:
 
     `regularised` adds SODEF's constraints to phases without a penalty of their own. Without `widths` the extractor has
     those of the preset. With a `certified` recipe it is the certified model, and all else here but the name is not
-    used. It is trained with `seeds` seeds.
+    used. It is trained with `seeds` seeds. It is compared with `control`, the model that differs from it in one thing,
+    by default the one it starts from; images made on its `twin` without a block are transferred to it.
     """
 
     name: str
@@ -33,6 +35,18 @@ class Model:
     widths: tuple[int, int, int] | None = None
     certified: Recipe | None = None
     seeds: int = 1
+    control: str | None = None
+    twin: str = "M0"
+
+    @property
+    def trained_as(self) -> dict[str, Any]:
+        """What its training depends on, ready for a record."""
+        return {key: value for key, value in asdict(self).items() if key not in ("seeds", "control", "twin")}
+
+    @property
+    def has_field(self) -> bool:
+        """Whether there is a field on the states as they leave the features."""
+        return self.block.kind in SOLVED and not self.block.extra
 
     @property
     def goes_around(self) -> bool:
@@ -78,7 +92,7 @@ def _official(effort: Effort) -> tuple[Model, ...]:
                 Phase("block", field, 1e-2, batch=32, optimiser=adam, cross_entropy=0.0, penalty=Constraints()),
                 Phase("head", head, 1e-2, batch=128, optimiser=adam),
             ),
-            head="linear",
+            head="linear", twin="M2-features",
         ),
     )  # fmt: skip
 
@@ -101,7 +115,16 @@ def sodef(epochs: tuple[int, int, int], lr: float = 1e-2) -> tuple[Phase, ...]:
 def _heads(effort: Effort) -> tuple[Model, ...]:
     """M3 under other heads: fixed and orthogonal, fixed and random, and trained with the block."""
     return tuple(
-        Model(f"M3-{head}", f"SODEF, {head} head", Block("ode"), "M0", sodef(effort.fresh), regularised=True, head=head)
+        Model(
+            f"M3-{head}",
+            f"SODEF, {head} head",
+            Block("ode"),
+            "M0",
+            sodef(effort.fresh),
+            regularised=True,
+            head=head,
+            control="M3",
+        )
         for head in ("orthogonal", "random", "linear")
     )
 
@@ -111,7 +134,9 @@ READINGS = {"Ito": "euler_maruyama", "Stratonovich": "heun", "reversible": "reve
 
 
 def _noise(effort: Effort) -> tuple[Model, ...]:
-    """The grid of M4 and M6, from M3, with the noise on at test and, with the same weights, off.
+    """The grid of M4 and M6, from M3, with the noise on at test and, with the same weights, off; and their controls.
+
+    A control is trained as long, by the same solver, without the noise: M5 for Ito's reading, and two like it.
 
     keep 0.9 in Ito's reading is the primary comparison's M4, which the presets have. "reversible" is the paper's pair,
     reversible Heun and its exact adjoint, unstable on contracting fields: it may end as diverged.
@@ -121,17 +146,21 @@ def _noise(effort: Effort) -> tuple[Model, ...]:
     for keep in KEEP:
         for reading, method in READINGS.items():
             name = "M4" if (keep, reading) == (0.9, "Ito") else f"M4-{keep:g}-{reading}"
-            block = Block("sde", p=round(1 - keep, 2), method=method)
-            grid.append(Model(name, f"SODEF_{keep:g}, {reading}", block, "M3", more, regularised=True))
-    grid.append(Model("M6", "random end time", Block("random_time", p=0.1), "M3", more, regularised=True))
+            block, control = Block("sde", p=round(1 - keep, 2), method=method), "M5" if reading == "Ito" else "M5-Heun"
+            title = f"SODEF_{keep:g}, {reading}"
+            grid.append(Model(name, title, block, "M3", more, regularised=True, control=control))
+    block = Block("random_time", p=0.1)
+    grid.append(Model("M6", "random end time", block, "M3", more, regularised=True, control="M5-Dopri5"))
+    as_long = ("M5-Heun", Block("sde", method="heun")), ("M5-Dopri5", Block("ode"))
+    controls = [Model(n, f"SODEF, trained as long, {n[3:]}", b, "M3", more, regularised=True) for n, b in as_long]
     off = [
         replace(
             model, name=f"{model.name}-off", title=f"{model.title}, noise off", start=model.name, phases=(),
-            block=replace(model.block, noise_at_test=False),
+            block=replace(model.block, noise_at_test=False), control=model.control or "M5",
         )
         for model in grid
     ]  # fmt: skip
-    return tuple(model for model in (*grid, *off) if model.name != "M4")
+    return tuple(model for model in (*controls, *grid, *off) if model.name != "M4")
 
 
 def _fields(effort: Effort) -> tuple[Model, ...]:
@@ -144,12 +173,15 @@ def _fields(effort: Effort) -> tuple[Model, ...]:
         )
 
     ode = Block("ode")
-    return (
-        Model("M7", "augmented ODE", replace(ode, extra=16), "M0", phases()),
-        Model("M8", "TisODE", ode, "M0", phases(SteadyState())),
-        Model("M9", "kinetic + Jacobian", ode, "M0", phases(Transport())),
-        Model("M10", "LyaNet", ode, "M0", phases(LyaNet(), cross_entropy=0.0)),
-        Model("M11", "skew-symmetric (SONet)", replace(ode, field="skew"), "M0", phases()),
+    return tuple(
+        replace(model, control="M1")
+        for model in (
+            Model("M7", "augmented ODE", replace(ode, extra=16), "M0", phases()),
+            Model("M8", "TisODE", ode, "M0", phases(SteadyState())),
+            Model("M9", "kinetic + Jacobian", ode, "M0", phases(Transport())),
+            Model("M10", "LyaNet", ode, "M0", phases(LyaNet(), cross_entropy=0.0)),
+            Model("M11", "skew-symmetric (SONet)", replace(ode, field="skew"), "M0", phases()),
+        )
     )
 
 
@@ -161,10 +193,13 @@ def _adversarial(effort: Effort) -> tuple[Model, ...]:
     """
     blocks = {"M0": (Block("none"), False), "M1": (Block("ode"), False), "M3": (Block("ode"), True)}
     return tuple(
-        Model(f"M12-{loss}-{name}", f"{loss.upper()}-trained {name}", block, name, (phase,), regularised)
+        Model(
+            f"M12-{loss}-{name}", f"{loss.upper()}-trained {name}", block, name, (phase,), regularised,
+            control=None if name == "M0" else f"M12-{loss}-M0", twin=f"M12-{loss}-M0",
+        )
         for loss, phase in adversarial_phases(effort.adversarial).items()
         for name, (block, regularised) in blocks.items()
-    )
+    )  # fmt: skip
 
 
 def adversarial_phases(epochs: int) -> dict[str, Phase]:

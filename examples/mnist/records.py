@@ -106,6 +106,10 @@ class Records:
         """Where a stage may keep what it needs to go on after a stop."""
         return self.folder / f"{name}-{_key(config)}.unfinished"
 
+    def digest(self, record: Record) -> str:
+        """A fingerprint of the weights of a record: what is found out about them depends on nothing else of it."""
+        return hashlib.sha256(self.weights(record).read_bytes()).hexdigest()[:12]
+
     def weights(self, record: Record) -> Path:
         """Where the weights of a record lie."""
         return (self.folder / record.file).with_suffix(".safetensors")

@@ -23,17 +23,18 @@ answer. *White-box* attacks use the model's own gradient, *bypass* attacks one t
 *transfer* attacks one of another model, *black-box* attacks none. **The robustness reported is the worst of
 everything**, sample by sample; a sample is judged over the attacks that were run on it, as some are run on the
 first images alone. A model is *masked* where attacks without its own gradient break significantly more (paired
-McNemar, Holm-corrected over all models, threats, groups and seeds). Where there are several seeds, numbers are
-means over those that are complete.
+McNemar, Holm-corrected over the groups and seeds of the model within the threat). Numbers and pictures are of a
+model's first seed unless they say otherwise; further seeds are attacked on fewer images, and stand in tables of what
+they have in common. Pictures show {drawn} of the {models} models.
 """
 
 METHOD = """
-{train:,} training, {validation:,} validation and {test:,} test images. The training follows the paper, not the
-method's official code: integration to T = 10, Adam on batches of 128, the block, then the whole net, then the
-block; where the regulariser meets fresh weights, at the official code's learning rate. The head is a fixed regular
-simplex; the regulariser's constants are those of the official code. The noisy model and its control start from the
-same SODEF and differ in p alone: same solver, steps and order of samples. Every model is scored on the test images
-after its training alone.
+{train:,} training, {validation:,} validation and {test:,} test images. M3 has the paper's phases: integration to
+T = 10, Adam on batches of 128, the block, then the whole net, then the block. It differs from the paper in a rate that
+rises and falls (one cycle), that of the official code where the regulariser meets fresh weights, a fixed regular
+simplex as head, the official code's constants and column sums in the regulariser, and gradients by backpropagation
+through the steps. M2 follows the official code. The noisy model and its control start from the same SODEF and differ
+in p alone: same solver, steps and order of samples. Every model is scored on the test images after its training alone.
 """
 
 
@@ -92,16 +93,18 @@ def _opening(results: Results) -> list[Block]:
     preset = results.run["preset"]
     title = Heading(f"Does noise make a stable neural ODE more robust? ({results.data}, preset {preset})", 1)
     warnings = [Text(text, warning=True) for text in (results.run.get("warning"), results.run.get("banner")) if text]
+    shown = {"drawn": len(results.drawn), "models": len(results.named("model"))}
+    reading = Text(_line(READING.format(**shown)))
     missing, planned = results.unfinished(), len(results.cells)
     if not missing:
-        return [title, *warnings, Text(_line(READING))]
+        return [title, *warnings, reading]
     state = f"{planned - len(missing)} of {planned} stages have a result; the same command computes what is not run."
     return [
         title,
         *warnings,
         Text(state, warning=True),
         *(Text(why, warning=True) for why in results.lost()),
-        Text(_line(READING)),
+        reading,
     ]
 
 
@@ -158,17 +161,37 @@ def _line(text: str) -> str:
 
 
 def _recipe(model: dict[str, Any]) -> str:
-    phases = [f"{phase['epochs']} x {phase['trains']} at {phase['lr']:g}" for phase in model["phases"]]
+    phases = [_phase(phase) for phase in model["phases"]]
     start = f"from {model['start']}; " if model["start"] else ""
     trained = "epochs: " + ", ".join(phases) if phases else "not trained further"
+    if certified := model.get("certified"):
+        blocks = len(certified["convolutions"]) + len(certified["dense"])
+        return f"{blocks} convex-potential Euler steps; epochs: {certified['epochs']} on the certified margin"
     return _block(model["block"]) + start + trained + (", regularised" if model["regularised"] else "")
+
+
+def _phase(phase: dict[str, Any]) -> str:
+    """A phase in a few words; what is not said is Adam on batches of 128 and the cross-entropy."""
+    text = f"{phase['epochs']} x {phase['trains']} at {phase['lr']:g}"
+    if (batch := phase["batch"]) != 128:
+        text += f", batches of {batch}"
+    if penalty := phase["penalty"]:
+        text += f", penalty {penalty.get('kind', '')} " + " ".join(
+            f"{k} {v:g}" for k, v in penalty.items() if k != "kind"
+        )
+    if adversary := phase["adversary"]:
+        text += (
+            f", {adversary['loss']} with {adversary['steps']} steps of {adversary['step']:g}, eps {adversary['eps']:g}"
+        )
+    return text
 
 
 def _block(block: dict[str, Any]) -> str:
     if block["kind"] == "ode":
         return f"Dopri5 at {block['tolerance']:g} to T = {block['t1']:g}; "
     if block["kind"] == "sde":
-        return f"{block['steps']} Euler-Maruyama steps to T = {block['t1']:g}, p_drop = {block['p']:g}; "
+        noise = f"p_drop = {block['p']:g}" + ("" if block["noise_at_test"] else ", off at test")
+        return f"{block['steps']} steps of {block['method'].replace('_', ' ')} to T = {block['t1']:g}, {noise}; "
     return {"staircase": f"state rounded to multiples of {block['staircase']:g}; ", "none": ""}.get(
         block["kind"], f"{block['kind']}; "
     )

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from .records import Record, read
-from .scores import Scores, holm, mcnemar, wilson, worst
+from .scores import Scores, holm, mcnemar, worst
 
-__all__ = ["KINDS", "NOT_PLANNED", "SIGNIFICANT", "WHITE_BOX", "Results", "mean", "percent"]
+__all__ = ["KINDS", "NOT_PLANNED", "SIGNIFICANT", "WHITE_BOX", "Results", "mean", "seconds_of"]
 
 SIGNIFICANT = 0.05
 WHITE_BOX = "white-box"
-GRADIENT_FREE = ("bypass", "transfer", "black-box")  # groups without the model's own gradient
+ROUNDABOUT = ("bypass", "transfer", "black-box")  # groups that do without the model's own gradient
 NOT_PLANNED = "-"
 KINDS = ("train", "clean", "attack", "spectra", "plane", "probe")  # those that the report draws
 
@@ -29,7 +29,7 @@ class Results:
             key: read(out / "records" / cell["file"]) for key, cell in self.cells.items() if cell["file"] is not None
         }
         self._worst: dict[tuple[Any, ...], Scores | None] = {}  # of 10,000 samples it takes a while
-        self._masked: dict[tuple[str, str, str, int], float] | None = None
+        self._masked: dict[tuple[str, str, str, int], tuple[float, int]] | None = None
 
     @property
     def warnings(self) -> list[str]:
@@ -155,33 +155,60 @@ class Results:
         return lacking + ["clean"] * (self.missing("clean", name, seed) is not None)
 
     def shown(self, threat: str, name: str) -> list[int]:
-        """The seeds over which a row of a table is the mean: those that are complete, else the first of them begun."""
+        """The seed that a row of a table is about: the first that is complete, else the first begun; it may be none.
+
+        Further seeds are attacked on fewer images, and by fewer attacks: they are together in tables of their own.
+        """
         begun = [seed for seed in self.seeds(name) if self.worst(threat, name, seed=seed)]
-        return [seed for seed in begun if not self.lacks(threat, name, seed)] or begun[:1]
+        return ([seed for seed in begun if not self.lacks(threat, name, seed)] or begun)[:1]
+
+    def common(self, threat: str, names: Sequence[str], seeds: Sequence[int]) -> list[str]:
+        """The groups of attacks that are planned for all these models and seeds."""
+        return [
+            group
+            for group in self.groups(threat)
+            if all(("attack", name, seed, threat, group) in self.cells for name in names for seed in seeds)
+        ]
+
+    def control(self, name: str) -> str | None:
+        """The model that a model is compared with."""
+        controls: dict[str, str | None] = self.run.get("controls", {})
+        return controls.get(name) or (self.model(name) or {}).get("start")
 
     @property
-    def masked(self) -> dict[tuple[str, str, str, int], float]:
-        """Holm-corrected p-values of "white-box leaves samples right that these attacks break".
+    def masked(self) -> dict[tuple[str, str, str, int], tuple[float, int]]:
+        """By threat, model, group and seed: p of "white-box leaves samples right that these attacks break", and how
+        many these are.
 
-        By threat, model, group and seed. Only the samples that the group was run on are compared.
+        Corrected (Holm) over the groups and seeds of a model within a threat: an alarm must not grow duller with every
+        other model. Only the samples that the group was run on are compared.
         """
         if self._masked is None:
-            raw = {}
-            for (name, seed, threat, group), _ in self.found("attack"):
-                if threat is None or group is None or group not in GRADIENT_FREE:
-                    continue
-                white, found = self.worst(threat, name, [WHITE_BOX], seed), self.attacks(threat, name, group, seed)
-                if white is not None and found:
-                    other = worst(list(found.values()))
-                    n = min(len(white), len(other))
-                    raw[threat, name, group, seed] = mcnemar(white.majority[:n], other.majority[:n], "greater")
-            self._masked = dict(zip(raw, holm(list(raw.values())), strict=True))
+            self._masked = {}
+            for threat in self.named("threat"):
+                for name in self.named("model"):
+                    self._masked |= self._alarms(threat, name)
         return self._masked
+
+    def _alarms(self, threat: str, name: str) -> dict[tuple[str, str, str, int], tuple[float, int]]:
+        raw, broken = {}, {}
+        own = [group for group in self.groups(threat) if group.startswith(WHITE_BOX)]
+        for (model, seed, where, group), _ in self.found("attack"):
+            if (model, where) != (name, threat) or group not in ROUNDABOUT:
+                continue
+            white, found = self.worst(threat, name, own, seed), self.attacks(threat, name, group, seed)
+            if white is not None and found:
+                other = worst(list(found.values()))
+                n = min(len(white), len(other))
+                key, stood, fell = (threat, name, group, seed), white.first(n).once, other.first(n).once
+                raw[key] = mcnemar(stood, fell, "greater")
+                broken[key] = sum(a and not b for a, b in zip(stood, fell, strict=True))
+        return {key: (p, broken[key]) for key, p in zip(raw, holm(list(raw.values())), strict=True)}
 
     def is_masked(self, threat: str, name: str) -> dict[str, list[float]]:
         """By group, the p-values of the seeds where it breaks significantly more than the model's own gradient does."""
         found: dict[str, list[float]] = {}
-        for (t, n, group, _), p in self.masked.items():
+        for (t, n, group, _), (p, _) in self.masked.items():
             if (t, n) == (threat, name) and p < SIGNIFICANT:
                 found.setdefault(group, []).append(p)
         return found
@@ -199,13 +226,13 @@ def _by_number(name: str) -> list[tuple[int, float | str]]:
     return [(0, float(part)) if part[-1].isdigit() else (1, part) for part in parts]
 
 
+def seconds_of(record: Record) -> float:
+    """How long a training took: a record counts from its last start alone, its epochs each for themselves."""
+    epochs = sum(line.get("seconds", 0.0) for line in record.result["epochs"])
+    return max(epochs, float(record["seconds"]))
+
+
 def mean(values: Iterable[float]) -> float:
     """The mean of some numbers."""
     each = list(values)
     return sum(each) / len(each)
-
-
-def percent(share: float, n: int) -> str:
-    """A share with its interval, in percent."""
-    low, high = wilson(share, n)
-    return f"{100 * share:.1f} [{100 * low:.1f}, {100 * high:.1f}]"

@@ -65,8 +65,9 @@ class _Ledger:
             for cell in self.planned
         ]  # fmt: skip
         first, second, threat = self.preset.primary
-        primary, drawn = [first, second, str(threat)], self.preset.drawn
-        write(self.out / "run.json", {**self.about, "primary": primary, "drawn": drawn, "cells": cells})
+        said = {"primary": [first, second, str(threat)], "drawn": self.preset.drawn}
+        said["controls"] = {model.name: model.control for model in self.preset.models}
+        write(self.out / "run.json", {**self.about, **said, "cells": cells})
 
 
 def run(

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from scipy.stats import binomtest
 
 __all__ = ["Scores", "holm", "mcnemar", "wilson", "worst"]
@@ -32,6 +33,12 @@ class Scores:
     def mean(self) -> float:
         """The share of right answers over samples and draws."""
         return sum(self.counts) / (self.draws * len(self.counts))
+
+    @property
+    def once(self) -> tuple[bool, ...]:
+        """Whether each sample's answer is right, asked once: one of its draws, which is fixed, without regard to it."""
+        which = np.random.default_rng(0).integers(self.draws, size=len(self))
+        return tuple(bool(x) for x in which < np.array(self.counts))
 
     @property
     def right(self) -> float:

@@ -13,11 +13,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.distributed import is_initialized
 
-from odelayers import SineField, SolveError
+from odelayers import GradientError, Reversible, SineField, SolveError
 
 from . import certified_training
 from .accuracy import states
-from .attacks import PGD, Threat, Transfer, perturb
+from .attacks import PGD, NotFinite, Threat, Transfer, perturb
 from .cells import Cell, needs
 from .certified import CertifiedClassifier
 from .data import Dataset, Split
@@ -31,6 +31,11 @@ from .training import Diverged, train
 from .unfinished import Unfinished
 
 __all__ = ["Study"]
+
+
+# Of each kind of cell, raised when its code changes what comes out: what was recorded before is then computed again.
+REVISIONS = {"clean": 1, "attack": 1, "spectra": 1, "plane": 1, "probe": 1}
+Compute = Callable[[], dict[str, Any]]
 
 
 class Study:
@@ -52,9 +57,20 @@ class Study:
         before = {(need.model, need.seed): self.do_training(need) for need in needs(self.preset, cell)}
         if cell.kind == "train":
             return self.do_training(cell)
-        config: dict[str, Any] = {"weights": before[cell.model, cell.seed].key, "seed": self.seed + cell.seed}
-        kind: Callable[[Cell, dict[str, Any]], Record] = getattr(self, f"_{cell.kind}")
-        return kind(cell, config)
+        config: dict[str, Any] = {
+            "revision": REVISIONS[cell.kind],
+            "weights": self.records.digest(before[cell.model, cell.seed]),
+            "seed": self.seed + cell.seed,
+        }
+        compute = getattr(self, f"_{cell.kind}")(cell, config)  # which adds to the configuration what it depends on
+
+        def attempt() -> dict[str, Any]:
+            try:
+                return compute()
+            except (SolveError, GradientError, NotFinite) as error:
+                return {"diverged": str(error)}
+
+        return self.records.stage(cell.name, config, attempt)
 
     def do_training(self, cell: Cell) -> Record:
         """Train a model from its start and keep its weights; every model sees the samples in the same order."""
@@ -63,8 +79,7 @@ class Study:
         spec, seed = self.preset.model(cell.model), self.seed + cell.seed
         start = next((self.do_training(need) for need in needs(self.preset, cell)), None)
 
-        config = {**self.common, "seed": seed, "model": asdict(spec), "start": start and start.key}
-        del config["model"]["seeds"]  # how many others there are says nothing of this one
+        config = {**self.common, "seed": seed, "model": spec.trained_as, "start": start and start.key}
         torch.manual_seed(seed)  # the fresh weights
         model = self.build(spec)
         # Several ranks have noise of their own each: together they start anew.
@@ -73,7 +88,7 @@ class Study:
             compute = partial(self._train_certified, model, seed)
         else:
             if start is not None:
-                model.start_from(self._weights(start))
+                model.start_from(self._weights(start), same_head=spec.head == self.preset.model(spec.start).head)
             compute = partial(self._train, model, spec, seed, cell.name, unfinished)
         record = self.records.stage(cell.name, config, compute, partial(save_weights, model))
         unfinished.remove()
@@ -82,7 +97,7 @@ class Study:
 
     def _train(self, model: Classifier, spec: Model, seed: int, what: str, unfinished: Unfinished) -> dict[str, Any]:
         try:
-            audit = self._audit if spec.regularised else None
+            audit = self._audit if spec.has_field else None
             log = train(model, self.data, spec.phases, spec.regularised, seed, what, unfinished, audit)
         except Diverged as error:
             return {"diverged": str(error), **error.outcome}
@@ -115,28 +130,26 @@ class Study:
         """A trained model, for evaluation."""
         model = self.build(self.preset.model(name))
         model.load_state_dict(self._weights(self.trained[name, seed]))
+        if isinstance(getattr(model.block, "gradient", None), Reversible):  # an attack may follow a wrong gradient
+            model.block.gradient = Reversible(max_gap=1e30, max_drift=1e30)
         return model.eval().requires_grad_(False)
 
-    def _clean(self, cell: Cell, config: dict[str, Any]) -> Record:
+    def _clean(self, cell: Cell, config: dict[str, Any]) -> Compute:
         config["draws"] = draws = self.preset.suite.judging_draws
-        return self.records.stage(
-            cell.name,
-            config,
-            lambda: clean_cell(self.load(cell.model, cell.seed), self.data.test, draws, config["seed"]),
-        )
+        return lambda: clean_cell(self.load(cell.model, cell.seed), self.data.test, draws, config["seed"])
 
-    def _attack(self, cell: Cell, config: dict[str, Any]) -> Record:
+    def _attack(self, cell: Cell, config: dict[str, Any]) -> Compute:
         suite, threat, group = self.preset.suite, cell.threat, cell.group
         if threat is None or group is None:
             raise ValueError(f"{cell.name}: an attack needs a threat and a group")
         data = self.data.test.first(group.images)
         if cell.seed:
             data = data.first(-(-len(data) // suite.thin))
-        used = {key: value for key, value in asdict(group).items() if key in ("name", "attacks", "gradient", "sources")}
+        used = {key: value for key, value in asdict(group).items() if key in ("name", "attacks", "gradient")}
         config |= {"threat": asdict(threat), "group": used, "images": len(data)}
         config |= {"draws": suite.draws, "judging_draws": suite.judging_draws}
         sources = [need for need in needs(self.preset, cell) if need.model != cell.model]
-        config["sources"] = [self.trained[need.model, need.seed].key for need in sources]
+        config["sources"] = {need.model: self.records.digest(self.do_training(need)) for need in sources}
 
         def compute() -> dict[str, Any]:
             made = {
@@ -148,7 +161,7 @@ class Study:
             model = self.load(cell.model, cell.seed)
             return attack_cell(model, data, threat, group, suite, made, config["seed"], cell.name)
 
-        return self.records.stage(cell.name, config, compute)
+        return compute
 
     def _made(self, need: Cell, data: Split, threat: Threat, method: Transfer) -> Tensor:
         """Images made on another model: once for all that they are shown to."""
@@ -160,15 +173,16 @@ class Study:
             self.made[key] = craft(view, data, threat, method, seed + 1, what)
         return self.made[key]
 
-    def _probe(self, cell: Cell, config: dict[str, Any]) -> Record:
+    def _probe(self, cell: Cell, config: dict[str, Any]) -> Compute:
         suite = self.preset.suite
         config |= {"probe": asdict(suite.probe), "draws": suite.draws, "judging_draws": suite.judging_draws}
         images = self.data.test.first(suite.probe.images)
-        return self.records.stage(
-            cell.name,
-            config,
-            lambda: probe_cell(self.load(cell.model, cell.seed), images, suite, config["seed"], cell.name),
-        )
+        return lambda: probe_cell(self.load(cell.model, cell.seed), images, suite, config["seed"], cell.name)
+
+    def _plane(self, cell: Cell, config: dict[str, Any]) -> Compute:
+        """The field in two principal components."""
+        config["images"] = count = 10 * self.preset.spectrum_points
+        return lambda: plane_cell(self.load(cell.model, cell.seed), self.data.test.first(count), config["seed"])
 
     def _audit(self, model: Classifier) -> dict[str, Any]:
         """The stability of the field on the way, at the first training images."""
@@ -184,7 +198,7 @@ class Study:
             lambda: plane_cell(self.load(cell.model, cell.seed), self.data.test.first(count), config["seed"]),
         )
 
-    def _spectra(self, cell: Cell, config: dict[str, Any]) -> Record:
+    def _spectra(self, cell: Cell, config: dict[str, Any]) -> Compute:
         """Stability at the same images: of an untrained field and of the trained one; there, on test images, attacked.
 
         The attack is the primary threat's white-box PGD on the margin.
@@ -208,4 +222,4 @@ class Study:
                 ("attacked test images", f, states(model, images)),
             ])  # fmt: skip
 
-        return self.records.stage(cell.name, config, compute)
+        return compute

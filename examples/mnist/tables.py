@@ -86,7 +86,7 @@ def primary_table(results: Results, comparison: Comparison) -> Table:
     ]  # fmt: skip
     sizes = Sizes()
     sizes.found["both models, paired"] = {pair.n for pair in comparison.pairs}
-    caption = f"Worst case at {comparison.threat}, accuracy of the most frequent answer in %; {sizes}"
+    caption = f"Worst case at {comparison.threat}, accuracy in % (under noise the mean over draws); {sizes}"
     names = [results.called(name) for name in (comparison.first, comparison.second)]
     return Table(caption, ["seed", "n", *names, "difference, points", "McNemar p"], rows, results.warnings)
 
@@ -102,9 +102,10 @@ def family_table(results: Results) -> Table:
             Cell(f"{comparison.first} - {comparison.second}"), Cell(where), number(len(comparison.pairs)),
             number(comparison.difference, f"{100 * comparison.difference:+.1f}"),
             _interval(interval),
-            number(p, f"{p:.2g}"), Cell(verdict, strong=verdict in ("better", "worse")),
+            Cell("one seed") if p is None else number(p, f"{p:.2g}"),
+            Cell(verdict, strong=verdict in ("better", "worse")),
         ])  # fmt: skip
-    caption = f"Differences in points, most frequent answer, clean and in the worst case within each threat; {sizes}"
+    caption = f"Differences in points, clean and in the worst case within each threat; {sizes}"
     header = ["first - second", "where", "seeds", "difference", "t interval", "Holm p", "the first is"]
     return Table(caption, header, rows, results.warnings)
 
@@ -119,15 +120,19 @@ def seeds_table(results: Results) -> Table:
     rows, sizes = [], Sizes()
     for threat in results.named("threat"):
         for name in results.named("model"):
-            found = [results.worst(threat, name, seed=seed) for seed in results.shown(threat, name)]
-            means = [scores.mean for scores in found if scores]
+            seeds = [s for s in results.seeds(name) if not results.lacks(threat, name, s)]
+            groups = results.common(threat, [name], seeds)
+            each = [scores for seed in seeds if (scores := results.worst(threat, name, groups, seed))]
+            n = min(map(len, each), default=0)
+            found = [scores.first(n) for scores in each]
+            means = [scores.mean for scores in found]
             if interval := t_interval(means):
                 sizes.score(threat, found)
                 low, high = (f"{100 * end:.1f}" for end in interval)
-                each = ", ".join(f"{100 * value:.1f}" for value in means)
+                values = ", ".join(f"{100 * value:.1f}" for value in means)
                 spread = Cell(f"{100 * mean(means):.1f}", (f"[{low}, {high}]",), mean(means), strong=True)
-                rows.append([model_cell(results, name), Cell(threat), number(len(means)), spread, Cell(each)])
-    caption = f"The worst case over seeds, accuracy in % with the t interval of the seeds; {sizes}"
+                rows.append([model_cell(results, name), Cell(threat), number(len(means)), spread, Cell(values)])
+    caption = f"The worst case of what all seeds have in common, accuracy in % with their t interval; {sizes}"
     return Table(caption, ["model", "threat", "seeds", "mean", "each seed"], rows, results.warnings)
 
 
@@ -135,8 +140,7 @@ def paper_table(results: Results) -> Table:
     """T1: the paper's numbers beside those of the same settings here."""
     threat, rows, sizes = results.primary[2], [], Sizes()
     columns = ("clean", "PGD", "SPSA", HEADLINE)
-    for keep, paper in PAPER.items():
-        name = _keeping(results, keep)
+    for keep, paper, name in [(p, row, name) for p, row in PAPER.items() for name in _keeping(results, p)]:
         if name is None:
             cells = [Cell("not in this run")] * 4
         else:
@@ -153,14 +157,16 @@ def paper_table(results: Results) -> Table:
     return Table(caption, [*header, f"{HEADLINE}, ours"], rows, results.warnings)
 
 
-def _keeping(results: Results, keep: float) -> str | None:
-    """The model that a row of the paper is about: SODEF itself, or the noisy SODEF with that keep probability."""
+def _keeping(results: Results, keep: float) -> list[str | None]:
+    """The models that a row of the paper is about: SODEF itself, or those whose noise keeps that share, on at test."""
+    found: list[str | None] = []
     for name in results.named("model"):
         model = results.model(name)
-        noise = model["block"]["p"] if model and model["regularised"] and model["block"]["kind"] == "sde" else 0
+        block = model["block"] if model and model["regularised"] else {}
+        noise = block["p"] if block.get("kind") == "sde" and block["noise_at_test"] else 0
         if BY_NAME.get(name) == keep if not noise else abs(1 - noise - keep) < 1e-9:
-            return str(name)
-    return None
+            found.append(str(name))
+    return found or [None]
 
 
 def _as_the_paper(results: Results, name: str, threat: str) -> dict[str, list[Scores]]:
@@ -227,12 +233,12 @@ def _attacked(
 
 def _flag(results: Results, threat: str, name: str) -> Cell:
     """Whether attacks without the model's own gradient break more, by the smallest p of all groups and seeds."""
-    tested = [p for (t, n, _, _), p in results.masked.items() if (t, n) == (threat, name)]
+    tested = [found for (t, n, _, _), found in results.masked.items() if (t, n) == (threat, name)]
     if not tested:
         return Cell(NOT_PLANNED)
-    groups = results.is_masked(threat, name)
-    small = (*(f"by {group}" for group in groups), f"p = {min(tested):.2g}")
-    return Cell("masked" if groups else "no", small, min(tested), strong=bool(groups))
+    groups, (p, broken) = results.is_masked(threat, name), min(tested)
+    small = (*(f"by {group}" for group in groups), f"p = {p:.2g}", f"{broken} more broken")
+    return Cell("masked" if groups else "no", small, p, strong=bool(groups))
 
 
 def _effort(results: Results, threat: str, name: str, seeds: Sequence[int]) -> list[Cell]:

@@ -9,7 +9,7 @@ so gradients, are averaged over them (expectation over transformation, EOT), and
 from __future__ import annotations
 
 from .auto import AutoAttack
-from .common import Best, Counted, Method, Model, Threat, margin, project
+from .common import Best, Counted, Method, Model, NotFinite, Threat, margin, project
 from .gradient import PGD, Transfer, fgsm, input_gradient, perturb
 from .search import SimBA, Square
 from .spsa import SPSA
@@ -22,6 +22,7 @@ __all__ = [
     "Counted",
     "Method",
     "Model",
+    "NotFinite",
     "SimBA",
     "Square",
     "Threat",

@@ -22,9 +22,9 @@ CLASSES = 10  # fewer than ten classes lack the nine targets of the standard ver
 class AutoAttack(Method):
     """AutoAttack's version "standard", or "rand" for a model that draws noise.
 
-    The library averages gradients over 20 passes of its own and wants logits (B, classes), so a noisy model best draws
-    once per call; of several draws it is given the mean logits. What it does not break (under noise: in the one draw
-    that it judges by) comes back as it was.
+    The library averages gradients over 20 passes of its own and wants logits (B, classes), so for a noisy model
+    `gradient_from` best draws once per call; of several draws it is given the mean logits. Under noise it leaves a
+    sample as soon as one pass is wrong; what it found is judged on the model's own draws.
 
     Source: Croce and Hein, Reliable evaluation of adversarial robustness, ICML 2020; the library pyautoattack.
     """

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -11,7 +12,20 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
-__all__ = ["LOSSES", "Best", "Counted", "Method", "Model", "Threat", "ascent", "margin", "over_draws", "project"]
+__all__ = [
+    "LOSSES",
+    "Best",
+    "Counted",
+    "Method",
+    "Model",
+    "NotFinite",
+    "Threat",
+    "ascent",
+    "margin",
+    "over_draws",
+    "project",
+    "repeated",
+]
 
 Model = Callable[[Tensor], Tensor]
 Tick = Callable[[], object]
@@ -72,7 +86,7 @@ class Method(ABC):
         attacked to the end. `gradient_from` stands in for the model in gradients.
 
         Raises:
-            RuntimeError: a gradient or a logit is not finite.
+            NotFinite: a gradient or a logit is not finite.
             ValueError: the attack has no use for `gradient_from`, or cannot do without.
         """
         if self.gradients == "none" and gradient_from is not None:
@@ -135,10 +149,14 @@ def over_draws(values: Tensor) -> Tensor:
     return values if values.ndim == 1 else values.mean(0)
 
 
+class NotFinite(RuntimeError):
+    """A model cannot be attacked: a logit or a gradient is NaN or infinite."""
+
+
 def check_finite(logits: Tensor) -> None:
     """Stop where the model answers NaN or inf: it would look robust."""
     if not torch.isfinite(logits).all():
-        raise RuntimeError("the model's logits are not finite: no attack on them would prove anything")
+        raise NotFinite("the model's logits are not finite: no attack on them would prove anything")
 
 
 def project(x: Tensor, centre: Tensor, threat: Threat) -> Tensor:
@@ -183,11 +201,26 @@ def random_point(x: Tensor, threat: Threat, generator: torch.Generator) -> Tenso
     return project(x + threat.eps * change, x, threat)
 
 
+@contextmanager
+def repeated(model: Model) -> Iterator[Callable[[], None]]:
+    """Gives a call that takes the model's generator, if it says that it has one as `noise`, back to where it is now.
+
+    Two images are told apart by far fewer draws if these are the same for both.
+    """
+    noise: torch.Generator | None = getattr(model, "noise", None)
+    state = noise and noise.get_state()
+    yield (lambda: noise.set_state(state)) if noise else silent  # type: ignore[arg-type]
+
+
 class Best:
     """The best images found so far, `images` (B, ...): per sample the largest margin met on the model.
 
-    `margins` (B,) are means over the model's draws, of which there are `draws`; None says that it draws no noise.
+    `margins` (B,) are means over the model's draws, of which there are `draws`; None says that it draws no noise. Under
+    noise the luckiest of many looks best: there an image is asked about again, and so is the one that it would replace,
+    with the same draws (`compared`).
     """
+
+    ASKS = 2  # times under noise, of `draws` draws each
 
     def __init__(self, model: Model, images: Tensor, labels: Tensor) -> None:
         self.model, self.labels = model, labels
@@ -204,9 +237,24 @@ class Best:
         """Which of these margins leave something to do: all under noise, where one bad draw proves little."""
         return margins <= 0 if self.draws is None else torch.ones_like(margins, dtype=torch.bool)
 
+    def asked(self, rows: Tensor, x: Tensor) -> Tensor:
+        """The margins (R,) on the model of images `x` (R, ...) of these rows, asked once."""
+        return over_draws(margin(self._ask(x), self.labels[rows]))
+
+    def compared(self, rows: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """The margins of two images of each of these rows, under noise over the same draws."""
+        with repeated(self.model) as repeat:
+            first = self.asked(rows, x)
+            repeat()
+            return first, self.asked(rows, y)
+
     def judge(self, rows: Tensor, x: Tensor) -> Tensor:
-        """The margins (R,) on the model of images `x` (R, ...) of these rows, and keep what is better."""
-        margins = over_draws(margin(self._ask(x), self.labels[rows]))
+        """The margins (R,) of images `x` (R, ...) of these rows; what is better is kept."""
+        if self.draws is None:
+            margins = self.asked(rows, x)
+        else:
+            pairs = [self.compared(rows, x, self.images[rows]) for _ in range(self.ASKS)]
+            margins, self.margins[rows] = (torch.stack(each).mean(0) for each in zip(*pairs, strict=True))
         self.keep(rows, x, margins)
         return margins
 
@@ -227,6 +275,7 @@ class Counted:
 
     def __init__(self, model: Model) -> None:
         self.model, self.queries = model, 0
+        self.noise = getattr(model, "noise", None)
 
     def __call__(self, x: Tensor) -> Tensor:
         """The model's own answer."""

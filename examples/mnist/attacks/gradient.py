@@ -12,6 +12,7 @@ from .common import (
     Best,
     Method,
     Model,
+    NotFinite,
     Threat,
     Tick,
     ascent,
@@ -66,12 +67,15 @@ class PGD(Method):
             x = images[rows]
             if len(rows) and (self.random_start or restart):
                 x = random_point(x, threat, generator)
-            for _ in range(self.steps):
+            for number in range(self.steps):
                 if not len(rows):
                     break
                 tick()
                 gradient, found = input_gradient(source or best.model, x, best.labels[rows], self.loss)
-                if source is None:
+                if best.draws is not None:
+                    if number in (3 * self.steps // 4, 7 * self.steps // 8):  # and at the end: judging costs draws
+                        best.judge(rows, x)
+                elif source is None:
                     best.keep(rows, x, found)
                 else:
                     found = best.judge(rows, x)
@@ -91,14 +95,14 @@ def input_gradient(model: Model, x: Tensor, labels: Tensor, loss: str = "ce") ->
     """Gradient of the loss with respect to `x`, and the margin (B,); means over the draws where there are several.
 
     Raises:
-        RuntimeError: the gradient or a logit is not finite.
+        NotFinite: the gradient or a logit is not finite.
     """
     x = x.detach().requires_grad_()
     logits = model(x)
     check_finite(logits)
     (gradient,) = torch.autograd.grad(over_draws(LOSSES[loss](logits, labels)).sum(), x)
     if not torch.isfinite(gradient).all():
-        raise RuntimeError(f"the gradient of the {loss} loss is not finite: an attack that uses it would prove nothing")
+        raise NotFinite(f"the gradient of the {loss} loss is not finite: an attack that uses it would prove nothing")
     return gradient, over_draws(margin(logits.detach(), labels))
 
 

@@ -25,12 +25,23 @@ class _Search:
         """Stand at `x` (R, ...), better or not."""
         self.x, self.margins = x, self.best.judge(self.rows, x)
 
+    def finish(self) -> None:
+        """Under noise the point where the search ends is judged; without, all were on the way."""
+        if self.best.draws is not None and len(self.rows):
+            self.best.judge(self.rows, self.x)
+
     def offer(self, x: Tensor, which: Tensor) -> Tensor:
-        """Move the rows `which` to `x` where that is better; returns which of them stay where they were."""
+        """Move the rows `which` to `x` where that is better; returns which of them stay where they were.
+
+        Under noise both points are asked about anew: the luck of an old answer would keep all others out.
+        """
         if not len(which):
             return which
-        margins = self.best.judge(self.rows[which], x)
-        better = margins > self.margins[which]
+        if self.best.draws is None:
+            margins, before = self.best.judge(self.rows[which], x), self.margins[which]
+        else:
+            margins, before = self.best.compared(self.rows[which], x, self.x[which])
+        better = margins > before
         self.x = self.x.index_copy(0, which[better], x[better])
         self.margins = self.margins.index_copy(0, which[better], margins[better])
         return which[~better]
@@ -107,6 +118,7 @@ class SimBA(Method):
             for sign in (1, -1):
                 stay = search.offer(project(search.x[stay] + sign * step[stay], search.images[stay], threat), stay)
             order = order[search.drop()]
+        search.finish()
 
     def _vectors(self, n: int, like: Tensor) -> Tensor:
         """The basis along one axis of length n, orthonormal rows: pixels, or the lowest waves of the DCT-II."""
@@ -167,6 +179,7 @@ class Square(Method):
             x = move(search.x, search.images, round(side), threat, draw)
             search.offer(x, torch.arange(len(x), device=x.device))
             search.drop()
+        search.finish()
 
     def _share(self, i: int) -> float:
         """The share of the image in query i: halved at these of 10,000 queries, in proportion for fewer or more."""

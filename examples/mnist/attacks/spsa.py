@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .common import Best, Method, Model, Threat, Tick, ascent, check_finite, margin, over_draws, project
+from .common import Best, Method, Model, Threat, Tick, ascent, check_finite, margin, over_draws, project, repeated
 
 __all__ = ["SPSA"]
 
@@ -72,19 +72,29 @@ class SPSA(Method):
     @torch.no_grad()
     def _estimate(self, model: Model, x: Tensor, labels: Tensor, draws: int, generator: torch.Generator) -> Tensor:
         total, flat = torch.zeros_like(x.flatten(1)), x.flatten(1)
-        most = max(1, CHUNK.get(x.device.type, 512) // (2 * draws))  # signs asked about at once, over all rows
+        most = max(1, CHUNK.get(x.device.type, 512) // draws)  # signs asked about at once, over all rows
         for part in torch.arange(len(x), device=x.device).split(most):
             once = max(1, most // len(part))
             for start in range(0, self.samples, once):
                 n = min(once, self.samples - start)
                 shape = (n, len(part), flat.shape[1])
                 signs = torch.randint(2, shape, generator=generator, device=x.device).to(x.dtype).mul_(2).sub_(1)
-                asked = torch.stack([flat[part] + self.delta * signs, flat[part] - self.delta * signs])
-                logits = model(asked.reshape(-1, *x.shape[1:]))
-                check_finite(logits)
-                up, down = over_draws(margin(logits, labels[part].repeat(2 * n))).reshape(2, n, -1)
+                up, down = self._both(model, flat[part], self.delta * signs, labels[part].repeat(n), x.shape[1:])
                 total[part] += torch.einsum("nr,nrd->rd", (up - down) / (2 * self.delta), signs)
         return (total / self.samples).view_as(x)
+
+    def _both(
+        self, model: Model, x: Tensor, change: Tensor, labels: Tensor, shape: torch.Size
+    ) -> tuple[Tensor, Tensor]:
+        """The margins (n, R) at x + change and at x - change, over the same draws of a noisy model."""
+        found = []
+        with repeated(model) as repeat:
+            for asked in (x + change, x - change):
+                repeat()
+                logits = model(asked.reshape(-1, *shape))
+                check_finite(logits)
+                found.append(over_draws(margin(logits, labels)).view(len(change), -1))
+        return found[0], found[1]
 
 
 def _direction(moments: Tensor, t: int, norm: str) -> Tensor:
