@@ -37,6 +37,8 @@ class Group:
     def __post_init__(self) -> None:
         if self.gradient not in ("own", "around", "others"):
             raise ValueError(f"Group.gradient: expected 'own', 'around' or 'others', got {self.gradient!r}")
+        if len(names := [str(attack) for attack in self.attacks]) > len(set(names)):
+            raise ValueError(f"Group {self.name}: two attacks have one name, and one of them would be lost: {names}")
 
     def covers(self, model: Model, threat: Threat) -> bool:
         """Whether this model is attacked so within this threat."""

@@ -97,9 +97,9 @@ def train(
                     if audit and epoch == phase.epochs:
                         line["audit"] = audit(learner.result)
                     log.append({"phase": number, "trains": phase.trains, "epoch": epoch, **line})
-                    states = [generator.get_state() for generator in (order, *draws)]
+                    generators = [generator.get_state() for generator in (order, *draws)]
                     unfinished.keep(
-                        phase=number, epoch=epoch, log=log, generators=states,
+                        phase=number, epoch=epoch, log=log, generators=generators,
                         model=model.state_dict(), learner=learner.state_dict(),
                     )  # fmt: skip
                 learner.finish()
@@ -162,7 +162,7 @@ class _Learner:
         processes: Processes,
     ) -> None:
         self.model, self.phase, self.draws, self.processes = model, phase, draws, processes
-        self.inputs, self.labels = _entering(model, data, phase.trains), data.labels
+        self.inputs, self.labels = _entering(model, data, phase.trains, draws.noise), data.labels
         self.objective = processes.wrap(
             Objective(model, phase.trains, phase.cross_entropy, penalty, phase.adversary, draws.noise, draws.penalty)
         )
@@ -284,9 +284,9 @@ class _Counts:
         }
 
 
-def _entering(model: Classifier, data: Split, trains: str) -> Tensor:
+def _entering(model: Classifier, data: Split, trains: str, noise: torch.Generator) -> Tensor:
     """What enters the part that is trained; a head's inputs are end states, drawn once where there is noise."""
     if trains == "all":
         return data.images
     z = states(model, data.images)
-    return z if trains == "block" else ends(model, z, None)
+    return z if trains == "block" else ends(model, z, noise)
