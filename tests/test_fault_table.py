@@ -60,7 +60,12 @@ TABLE: dict[str, tuple[str, ...]] = {
         "test_what_a_field_may_not_do.py::test_ambient_autocast_raises_the_tolerance_floor",
         "test_call_arguments.py::test_a_half_precision_state_that_overflows_on_its_way_back_is_refused",
     ),
-    "f works in place on z: raised, z unharmed": ("test_faults.py::test_a_field_that_does_not_fit_is_refused",),
+    "f works in place on z: raised, z unharmed": (
+        "test_faults.py::test_a_field_that_does_not_fit_is_refused",
+        "test_in_place.py::test_a_field_in_place_on_z_is_raised_whenever_it_starts",
+        "test_in_place.py::test_drift_and_diffusion_in_place_on_z_are_raised",
+        "test_in_place.py::test_an_in_place_layer_is_raised_though_it_changes_no_value_yet",
+    ),
     "dropout in f, training: refused with the reason": (
         "test_faults.py::test_dropout_in_the_field_is_refused_in_training",
         "test_what_a_field_may_not_do.py::test_a_field_that_draws_is_refused_and_its_evaluation_mode_is_not",
