@@ -24,6 +24,7 @@ from odelayers import (
 )
 from problems import TanhNet, gradients, name
 
+pytestmark = pytest.mark.timeout(60)
 AGAIN = (Checkpoint(), Reversible(), Adjoint())
 TIGHT = Dopri5(rtol=1e-9, atol=1e-9)
 F64 = torch.float64

@@ -32,6 +32,8 @@ from odelayers import (
 from odelayers._solvers import Solver
 from problems import name
 
+pytestmark = pytest.mark.timeout(60)
+
 
 class FunctionalDropout(nn.Module):
     """Dropout that no module tells of."""
