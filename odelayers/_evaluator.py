@@ -1,4 +1,4 @@
-"""A field during one solve: counted, checked at its first evaluation, under autocast for half-precision states."""
+"""A field during one solve: counted, checked, under autocast for half-precision states."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ __all__ = ["Evaluator", "OnCall", "dual", "readable", "traced", "transformed", "
 
 OnCall = Callable[[], None]
 KEPT = 8  # evaluations through which the first value must last: a step of any method here combines fewer
+SAMPLED = 16  # the evaluation after the first that is watched in inference mode; then those twice as far
 
 
 def transformed() -> bool:
@@ -53,6 +54,15 @@ def vmapped(z: Tensor) -> bool:
     return False
 
 
+def _counting(z: Tensor) -> Tensor:
+    """A copy of z that counts the writes into it, which tensors made in inference mode do not."""
+    if not torch.is_inference_mode_enabled():
+        return z.clone()
+    z = z.detach()
+    with torch._C._InferenceMode(False):  # torch.inference_mode(False) at less than half the price
+        return z.clone()
+
+
 def _random_state(device: torch.device) -> Tensor:
     """The state of the global generator that layers draw from on this device."""
     return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
@@ -60,6 +70,10 @@ def _random_state(device: torch.device) -> Tensor:
 
 class Evaluator:
     """A field during one solve: evaluations are counted, the first one is checked, halves run under autocast.
+
+    Writing into z is found at every evaluation, by the tensor's version; not under torch.compile. In inference mode
+    tensors have none: at the first, 16th, 32nd, 64th, ... evaluation the field is handed a copy that has one. So the
+    copies cost next to nothing, and what starts in the first half of a long solve is found.
 
     The state is kept in float32 where the user's is half precision; the field then runs under autocast in that dtype.
     """
@@ -104,7 +118,24 @@ class Evaluator:
             notify()
         if self.nfe <= KEPT and readable(z):
             return self._first(t, z) if self.nfe == 1 else self._early(t, z)
-        return self._plain(t, z)
+        return self._plain(t, z) if torch.compiler.is_compiling() else self._watched(t, z)
+
+    def _watched(self, t: Tensor | float, z: Tensor) -> Tensor:
+        """An evaluation that raises where the field writes into z."""
+        if z.is_inference():
+            if self.nfe < SAMPLED or self.nfe & (self.nfe - 1) or not readable(z):
+                return self._plain(t, z)
+            z = _counting(z)
+        version = z._version
+        try:
+            dz = self._plain(t, z)
+        except RuntimeError as error:
+            if z.is_leaf and z.requires_grad and "in-place operation" in str(error):  # the point of a Jacobian
+                raise self._wrote() from error
+            raise
+        if z._version != version:
+            raise self._wrote()
+        return dz
 
     def _plain(self, t: Tensor | float, z: Tensor) -> Tensor:
         plain = self.within is None and self.half is None
@@ -128,8 +159,8 @@ class Evaluator:
         recording = torch.is_grad_enabled()
         with torch.set_grad_enabled(recording or self.inspect is not None):
             # Where the graph is inspected the copy hangs on a leaf of its own, which the walk takes for the state.
-            copy = (z if recording or self.inspect is None else z.detach().requires_grad_()).clone()
-            version = None if copy.is_inference() else copy._version
+            copy = _counting(z if recording or self.inspect is None else z.detach().requires_grad_())
+            version = copy._version
             drawn = _random_state(z.device)
             dz = self._tried(t, copy)
         where = f"field {self.field.name}"
@@ -143,11 +174,8 @@ class Evaluator:
         autocast = self.half is not None or torch.is_autocast_enabled(z.device.type)
         if dz.dtype != z.dtype and not (autocast and dz.is_floating_point()):
             raise TypeError(f"{where}: expected dz/dt in the state's {z.dtype}, got {dz.dtype}; cast the field or z")
-        if version is not None and copy._version != version:
-            raise ValueError(
-                f"{where}: the field changed its input z in place; a solver evaluates it several times at one state: "
-                f"use the out-of-place operation (z * 2, not z.mul_(2); inplace=False)"
-            )
+        if copy._version != version:
+            raise self._wrote()
         if not torch.equal(drawn, _random_state(z.device)):
             raise ValueError(
                 f"{where}: the field draws random numbers (functional dropout, RReLU, attention with dropout): every "
@@ -164,7 +192,7 @@ class Evaluator:
 
     def _early(self, t: Tensor | float, z: Tensor) -> Tensor:
         """One of the evaluations after the first, which must leave what the first has returned alone."""
-        dz = self._plain(t, z)
+        dz = self._watched(t, z)
         if self._found is None:
             return dz
         first, kept, version = self._found
@@ -178,6 +206,12 @@ class Evaluator:
                 f"combines several evaluations: return a new tensor each time (no out= buffer, or its clone)"
             )
         return dz
+
+    def _wrote(self) -> ValueError:
+        return ValueError(
+            f"field {self.field.name}: the field changed its input z in place; a solver evaluates it several times at "
+            f"one state: use the out-of-place operation (z * 2, not z.mul_(2); inplace=False)"
+        )
 
     def _tried(self, t: Tensor | float, z: Tensor) -> Tensor:
         try:

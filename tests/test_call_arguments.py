@@ -7,6 +7,8 @@ import torch
 
 from odelayers import RK4, DropoutSDEBlock, ODEBlock, SDEBlock, SolveError, Status
 
+pytestmark = pytest.mark.timeout(60)
+
 
 def test_noise_of_the_wrong_kind_is_refused() -> None:
     """Increments are a tensor."""

@@ -41,6 +41,7 @@ from odelayers._gradients import Gradient
 from odelayers._solvers import FixedGrid, MarchingSolver, Solver
 from problems import name
 
+pytestmark = pytest.mark.timeout(60)
 NAN = float("nan")
 
 

@@ -60,12 +60,13 @@ def test_a_bad_initial_row_is_named(solver: Any, bad: float) -> None:
 
 @pytest.mark.parametrize("solver", SOLVERS, ids=name)
 def test_a_field_that_gives_nan_is_reported(solver: Any) -> None:
-    """log of a negative state: a failure at a finite time, of the kind NONFINITE or BLOW_UP."""
+    """log of a negative state: that row, at the start. torchdiffeq's fixed grid is not looked into before its end."""
     z = ONES.clone()
     z[1] = -1.0
     error = failure(ODEBlock(torch.log, solver=solver, time=False), z)
-    assert 1 in error.rows and error.status in (Status.NONFINITE, Status.BLOW_UP)
-    assert all(0 <= t <= 1 for t in error.t)
+    late = solver == TorchDiffEq("rk4", step_size=0.1)
+    wanted = ((1,), (1.0,), Status.BLOW_UP) if late else ((1,), (0.0,), Status.NONFINITE)
+    assert (error.rows, error.t, error.status) == wanted
 
 
 @pytest.mark.parametrize("way", [1, -1], ids=["forwards", "backwards"])
@@ -110,14 +111,19 @@ def test_a_blow_up_inside_a_noisy_solve_names_row_and_time() -> None:
 
 
 @pytest.mark.parametrize("solver", [Dopri5(), Tsit5(), OWN], ids=name)
-@pytest.mark.parametrize("rate", [1e6, 1e20])
-def test_a_stiff_field_is_called_stiff_and_an_implicit_method_named(solver: Any, rate: float) -> None:
-    """-1e6 z spends the default step budget; stability limits the step, and the message says what helps."""
-    z = torch.ones(2, 1)
-    error = failure(ODEBlock(lambda z: -rate * z, solver=replace(solver, max_steps=1500)), z)
-    assert error.rows == (0, 1)
-    if rate == 1e6:
-        assert error.status == Status.STIFF and "solver=Rodas5P()" in str(error) and "1500 steps" in str(error)
+def test_a_stiff_field_is_called_stiff_and_an_implicit_method_named(solver: Any) -> None:
+    """-1e6 z spends a budget of 1500 steps; stability limits the step, and the message says what helps."""
+    error = failure(ODEBlock(lambda z: -1e6 * z, solver=replace(solver, max_steps=1500)), torch.ones(2, 1))
+    assert (error.rows, error.status) == ((0, 1), Status.STIFF)
+    assert "solver=Rodas5P()" in str(error) and "1500 steps" in str(error)
+
+
+@pytest.mark.parametrize("solver", [Dopri5(), Tsit5(), OWN], ids=name)
+def test_a_step_too_short_for_the_time_is_said(solver: Any) -> None:
+    """-1e20 z asks for steps that vanish beside t = 1; rows that step by themselves get far enough to be STIFF."""
+    error = failure(ODEBlock(lambda z: -1e20 * z, solver=replace(solver, max_steps=1500)), torch.ones(2, 1))
+    assert (error.rows, error.status) == ((0, 1), Status.STIFF if solver == OWN else Status.STEP_UNDERFLOW)
+    assert all(0 <= t < 1e-15 for t in error.t)
 
 
 def test_the_remedy_for_a_stiff_field_works() -> None:
@@ -227,8 +233,9 @@ def test_dropout_in_the_field_is_refused_in_training(gradient: Any) -> None:
 def test_batchnorm_in_the_field_is_warned_of_or_refused() -> None:
     """Batch statistics couple the samples: a warning under Backprop, refused by gradients that evaluate again."""
     f = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
-    with pytest.warns(UserWarning, match=r"BatchNorm1d using batch statistics.*GroupNorm"):
-        ODEBlock(f)(torch.randn(4, 2))
+    with pytest.warns(UserWarning, match=r"BatchNorm1d using batch statistics.*GroupNorm") as caught:
+        ODEBlock(f, solver=RK4(4))(torch.randn(4, 2))
+    assert len(caught) == 1  # of a solve with 16 evaluations
     for gradient in (Checkpoint(), Reversible(), Adjoint()):
         with pytest.raises(
             ValueError, match=rf"BatchNorm1d.*{name(gradient)}\(\) evaluates the field again and is refused"

@@ -26,6 +26,7 @@ from odelayers import (
 )
 from problems import ODE_SOLVERS, SDE_SOLVERS, TanhNet, gradients, name
 
+pytestmark = pytest.mark.timeout(60)
 AGAIN = (Checkpoint(), Reversible(), Adjoint())
 TIGHT = Dopri5(rtol=1e-9, atol=1e-9)
 

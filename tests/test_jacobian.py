@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from odelayers._jacobian import jacobian, jvp
 from odelayers.fields import MLP, ConvexPotential, ConvField, SineField, SkewSymmetric
 
+pytestmark = pytest.mark.timeout(60)
 sin: Callable[[Tensor], Tensor] = lambda z: torch.sin(z)  # noqa: E731 (a builtin has no signature to read)
 ACTIVATIONS = ("relu", "leaky_relu", "tanh", "softplus")
 

@@ -25,6 +25,7 @@ from odelayers import (
 )
 from problems import LINEAR, PROBLEMS, TanhNet, finite_difference, name, reference
 
+pytestmark = pytest.mark.timeout(60)
 F64 = torch.float64
 TIGHT = Dopri5(rtol=1e-10, atol=1e-10)
 OWN = Dopri5(rtol=1e-10, atol=1e-10, batch="independent")
