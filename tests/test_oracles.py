@@ -99,7 +99,7 @@ METHODS: dict[str, Entry] = {  # absolute
     "torchdiffeq heun3": Entry(lambda tol: TorchDiffEq("heun3", step_size=0.01), 2e-6, 1e-5),
     "torchdiffeq implicit_adams": Entry(lambda tol: TorchDiffEq("implicit_adams", tol, tol, 0.02), 8e-7, 2e-7),
     "torchdiffeq fixed_adams": Entry(lambda tol: TorchDiffEq("fixed_adams", tol, tol, 0.02), 8e-7, 2e-7),
-    "scipy BDF": Entry(lambda tol: scipy("BDF", tol), 6e-7, 6e-7),
+    "scipy BDF": Entry(lambda tol: scipy("BDF", tol), 6e-7, 1.5e-6),
     "scipy LSODA": Entry(lambda tol: scipy("LSODA", tol), 4e-7, 3e-7),
     "scipy RK45": Entry(lambda tol: scipy("RK45", tol), 3e-7, 1.5e-7),
     "scipy RK23": Entry(lambda tol: scipy("RK23", 1e-6), 3e-5, 6e-5),
