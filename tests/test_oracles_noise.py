@@ -243,3 +243,29 @@ def test_ornstein_uhlenbeck_has_its_mean_and_variance(solver: str, calculus: str
     bias = 2 / 60  # of a first-order method, relative
     assert abs(end.mean().item() - mean) < 5 * (variance / rows) ** 0.5 + 2 * bias * mean
     assert abs(end.var().item() - variance) < (5 * (2 / rows) ** 0.5 + 2 * bias) * variance
+
+
+OWN = [(s, c, n) for s, c in READINGS if "torchsde" not in s for n in SDE_SOLVERS[s].make(1).noises]
+
+
+@pytest.mark.parametrize("solver, calculus, noise", OWN)
+def test_permuting_splitting_or_padding_a_noisy_batch_moves_no_sample(solver: str, calculus: str, noise: str) -> None:
+    """With its increments a sample's path is its own, to rounding; the next sample's increments move it (control)."""
+    z, matrix = torch.randn(5, 3, dtype=F64), torch.randn(3, 3, dtype=F64)
+    dw = torch.randn(8, *(z.shape if noise == "diagonal" else z.shape[:1]), dtype=F64) / 8**0.5
+    block = SDEBlock(
+        lambda z: torch.tanh(z @ matrix.T),
+        lambda z: 0.4 * torch.cos(z),
+        solver=SDE_SOLVERS[solver].make(8),
+        calculus=calculus,
+        noise=noise,
+    )
+
+    def solve(rows: list[int], of: list[int] | None = None) -> Tensor:
+        return block.solve(z[rows], noise=dw[:, rows if of is None else of]).final
+
+    everyone = [0, 1, 2, 3, 4]
+    whole = solve(everyone)
+    for rows in ([4, 2, 0, 1, 3], [2], [0, 1], [*everyone, *everyone, 3]):
+        assert (solve(rows) - whole[rows]).abs().max() < 1e-13
+    assert (solve(everyone, [1, 2, 3, 4, 0]) - whole).abs().amax(dim=1).min() > 1e-3
