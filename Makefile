@@ -1,5 +1,6 @@
 # make study   the main job in a fresh environment: PRESET=smoke|quick|full (quick is the default), JOBS=2 processes
-# make test    the test suite;  make compiled, make slow  those left out;  make coverage  fails under 97 % of the branches
+# make test    the test suite;  make compiled, make slow  those left out
+# make coverage  test and compiled at once, as .ci/run does; fails under 97 % of the lines and branches
 # make lint, docs, bench, clean
 # On Linux without an NVIDIA GPU, TORCH_INDEX=https://download.pytorch.org/whl/cpu saves gigabytes of CUDA packages.
 PYTHON ?= python3

@@ -1,6 +1,7 @@
 """What the other tables are meant to show, line by line: reached, or not reached and by how much.
 
-Each bar sets a row of a table against another of the same case. It reads what the benchmarks have written and measures
+Each bar sets a row of a table against another of the same case; those of memory set a row's growth with time against a
+number, beside the growth of the gradient that keeps every step. It reads what the benchmarks have written and measures
 nothing; a row that a table lacks is reported as not measured.
 """
 
@@ -70,11 +71,41 @@ BARS = (
 )
 
 
-def ratios(out: Path, name: str, device: str) -> dict[tuple[str, str], float]:
-    """The ratios of one table by case and row; none where it has not been measured."""
+class MemoryBar(NamedTuple):
+    """From T = 5 to T = 80 the peak memory of a gradient is to grow by at most this factor."""
+
+    solver: str
+    gradient: str
+    factor: float
+
+
+KEEPS_ALL = "Backprop"
+MEMORY_BARS = (
+    MemoryBar("RK4", "Checkpoint", 2.0),
+    MemoryBar("RK4", "Reversible", 1.2),
+    MemoryBar("ReversibleHeun", "Checkpoint", 2.0),
+    MemoryBar("ReversibleHeun", "Reversible", 1.2),
+)
+
+
+def rows_of(out: Path, name: str, device: str) -> list[dict[str, Any]]:
+    """The rows of one table; none where it has not been measured."""
     path = out / f"{stem(name, device)}.json"
-    rows = json.loads(path.read_text())["rows"] if path.exists() else []
-    return {(row["case"], row["name"]): row["ratio"] for row in rows}
+    rows: list[dict[str, Any]] = json.loads(path.read_text())["rows"] if path.exists() else []
+    return rows
+
+
+def ratios(out: Path, name: str, device: str) -> dict[tuple[str, str], float]:
+    """The ratios of one table by case and row."""
+    return {(row["case"], row["name"]): row["ratio"] for row in rows_of(out, name, device)}
+
+
+def verdict(found: float | None, factor: float, at_most: bool) -> str:
+    """Whether a bar is reached, or by how much it is not."""
+    if found is None:
+        return "not measured"
+    reached = found <= factor if at_most else found >= factor
+    return "reached" if reached else f"not reached: {found:.2f} of {factor:g}"
 
 
 def judged(out: Path, device: str) -> Iterator[dict[str, Any]]:
@@ -83,18 +114,25 @@ def judged(out: Path, device: str) -> Iterator[dict[str, Any]]:
     for bar in BARS:
         row, peer = (tables[bar.table].get((bar.case, name)) for name in (bar.row, bar.peer))
         found = None if row is None or peer is None else row / peer if bar.at_most else peer / row
-        if found is None:
-            verdict = "not measured"
-        elif found <= bar.factor if bar.at_most else found >= bar.factor:
-            verdict = "reached"
-        else:
-            verdict = f"not reached: {found:.2f} of {bar.factor:g}"
-        yield {**bar._asdict(), "found": found, "verdict": verdict}
+        yield {**bar._asdict(), "found": found, "verdict": verdict(found, bar.factor, bar.at_most)}
+
+
+def remembered(out: Path, device: str) -> Iterator[dict[str, Any]]:
+    """Every bar of memory with what was found, and the growth beside it."""
+    growth = {(row["solver"], row["gradient"]): row["growth"] for row in rows_of(out, "memory", device)}
+    for bar in MEMORY_BARS:
+        found, beside = growth.get((bar.solver, bar.gradient)), growth.get((bar.solver, KEEPS_ALL))
+        yield {**bar._asdict(), "found": found, "beside": beside, "verdict": verdict(found, bar.factor, at_most=True)}
+
+
+def shown(number: float | None) -> str:
+    """A number in a table."""
+    return "-" if number is None else f"{number:.2f}"
 
 
 def main() -> None:
     args = parser(__doc__ or "").parse_args()
-    verdicts = list(judged(args.out, args.device))
+    verdicts, memory = list(judged(args.out, args.device)), list(remembered(args.out, args.device))
     lines = [
         "# Bars",
         "",
@@ -103,10 +141,20 @@ def main() -> None:
     ]
     for v in verdicts:
         bar = f"at most {v['factor']:g} of its time" if v["at_most"] else f"{v['factor']:g}x as fast"
-        found = "-" if v["found"] is None else f"{v['found']:.2f}"
-        cells = (v["table"], v["case"], v["row"], v["peer"], bar, found, v["verdict"])
+        cells = (v["table"], v["case"], v["row"], v["peer"], bar, shown(v["found"]), v["verdict"])
         lines.append(f"| {' | '.join(cells)} |")
-    write(stem("bars", args.device), lines, {"bars": verdicts}, args.out)
+    lines += [
+        "",
+        f"Growth of peak memory over 16 times the steps (table memory), beside that of {KEEPS_ALL}:",
+        "",
+        f"| solver | gradient | bar | found | {KEEPS_ALL} | verdict |",
+        "| --- | --- | ---: | ---: | ---: | --- |",
+    ]
+    for m in memory:
+        found = (shown(m[key]) for key in ("found", "beside"))
+        cells = (m["solver"], m["gradient"], f"at most {m['factor']:g}x", *found, m["verdict"])
+        lines.append(f"| {' | '.join(cells)} |")
+    write(stem("bars", args.device), lines, {"bars": verdicts, "memory": memory}, args.out)
 
 
 if __name__ == "__main__":

@@ -155,12 +155,16 @@ ORACLES = (*PROBLEMS, KEPLER, LOTKA_VOLTERRA, RELAXATION)
 
 @dataclass(frozen=True)
 class NoisyProblem:
-    """dz = drift dt + g dW with one W, as both readings write it; its solution from z and W(t) at t."""
+    """dz = drift dt + g dW with one W, as both readings write it; z(1) from z(0) and the path W(0), W(1/n), ..., W(1).
+
+    With additive noise z(1) is not a function of the path at n times: the solution is then its mean given those.
+    """
 
     name: str
     drift: dict[str, Callable[[Tensor], Tensor]] = field(compare=False)
     g: Callable[[Tensor], Tensor]
-    solution: Callable[[Tensor, Tensor, float], Tensor]
+    solution: Callable[[Tensor, Tensor], Tensor]
+    additive: bool = False
 
     def with_path(self, f: Callable[[Tensor], Tensor], rate: float) -> Callable[[Tensor], Tensor]:
         """A field on states (z, w), whose w grows at `rate`: with drift 0 and noise 1 it carries W itself."""
@@ -172,19 +176,34 @@ def _flow_of_sine(z: Tensor, time: Tensor) -> Tensor:
     return 2 * torch.atan(torch.tan(z / 2) * torch.exp(-time))
 
 
+def _decayed(z: Tensor, w: Tensor) -> Tensor:
+    """z e^-2 + 0.5 times the mean of the integral of e^(-2(1 - s)) dW: step by step its weight's mean times dW."""
+    n = len(w) - 1
+    ends = torch.arange(1, n + 1, dtype=torch.float64) / n
+    weights = torch.exp(-2 * (1 - ends)) * (1 - np.exp(-2 / n)) / (2 / n)
+    return z * np.exp(-2) + 0.5 * torch.tensordot(weights, w.diff(dim=0), 1)
+
+
 GBM = NoisyProblem(
     "geometric Brownian motion",
     {"ito": lambda z: 0.7 * z, "stratonovich": lambda z: (0.7 - 0.5**2 / 2) * z},
     lambda z: 0.5 * z,
-    lambda z, w, t: z * torch.exp((0.7 - 0.5**2 / 2) * t + 0.5 * w),
+    lambda z, w: z * torch.exp((0.7 - 0.5**2 / 2) + 0.5 * w[-1]),
 )
 RANDOM_TIME = NoisyProblem(  # dz = f o (dt + 0.5 dW); the correction g g' / 2 makes it Ito's
     "scalar-noise Stratonovich",
     {"stratonovich": lambda z: -z.sin(), "ito": lambda z: -z.sin() + 0.5**2 / 2 * z.sin() * z.cos()},
     lambda z: -0.5 * z.sin(),
-    lambda z, w, t: _flow_of_sine(z, t + 0.5 * w),
+    lambda z, w: _flow_of_sine(z, 1 + 0.5 * w[-1]),
 )
-NOISY = (GBM, RANDOM_TIME)
+ORNSTEIN_UHLENBECK = NoisyProblem(
+    "Ornstein-Uhlenbeck",
+    dict.fromkeys(("ito", "stratonovich"), lambda z: -2 * z),
+    lambda z: torch.full_like(z, 0.5),
+    _decayed,
+    additive=True,
+)
+NOISY = (GBM, RANDOM_TIME, ORNSTEIN_UHLENBECK)
 
 
 class TanhNet(nn.Module):

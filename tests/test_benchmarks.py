@@ -59,3 +59,20 @@ def test_the_bars_say_reached_only_where_it_is_so(tmp_path: Path) -> None:
     assert verdicts.pop(("odelayers Backprop", "torchdiffeq odeint")) == "reached"
     assert verdicts.pop(("odelayers Backprop", "diffrax jit")) == "not reached: 1.70 of 1.8"
     assert set(verdicts.values()) == {"not measured"}
+
+
+def test_the_bars_of_memory_read_the_growth_of_its_table(tmp_path: Path) -> None:
+    """A gradient's growth is judged at its factor, beside the growth of Backprop; what is not there is not measured."""
+    rows = [
+        {"solver": "RK4", "gradient": "Backprop", "growth": 15.6},
+        {"solver": "RK4", "gradient": "Checkpoint", "growth": 1.9},
+        {"solver": "RK4", "gradient": "Reversible", "growth": 1.3},
+    ]
+    (tmp_path / "memory.json").write_text(json.dumps({"rows": rows}))
+    found = {(m["solver"], m["gradient"]): (m["beside"], m["verdict"]) for m in run("bars", tmp_path)["memory"]}
+    assert found == {
+        ("RK4", "Checkpoint"): (15.6, "reached"),
+        ("RK4", "Reversible"): (15.6, "not reached: 1.30 of 1.2"),
+        ("ReversibleHeun", "Checkpoint"): (None, "not measured"),
+        ("ReversibleHeun", "Reversible"): (None, "not measured"),
+    }

@@ -1,4 +1,7 @@
-"""Gradients through the steps taken: Backprop against finite differences, Checkpoint against Backprop."""
+"""Gradients through the steps taken: Backprop against finite differences, Checkpoint against Backprop.
+
+More finite differences stand in test_gradcheck.py, more derivatives in test_oracles_parameters.py.
+"""
 
 from __future__ import annotations
 
@@ -49,21 +52,6 @@ def test_backprop_passes_gradcheck_and_gradgradcheck(solver: Any) -> None:
 
     assert gradcheck(run, (z, context, t1), atol=1e-6)
     assert gradgradcheck(run, (z, context, t1), atol=1e-5)
-
-
-@pytest.mark.parametrize("solver", [*ODE_SOLVERS[:4], TIGHT], ids=name)
-def test_backprop_gives_parameters_their_gradient(solver: Any) -> None:
-    """The parameters' gradient agrees with finite differences, at every output time."""
-    net, z = TanhNet(2, 3), torch.randn(2, 2, dtype=torch.float64)
-
-    def run(*values: Tensor) -> Tensor:
-        def f(t: Tensor, z: Tensor) -> Tensor:
-            return torch.func.functional_call(net, dict(zip(names, values, strict=True)), (t, z))
-
-        return ODEBlock(f, solver=solver).solve(z, [0.0, 0.4, 1.0]).zs
-
-    names = [n for n, _ in net.named_parameters()]
-    assert gradcheck(run, tuple(p.detach().clone().requires_grad_() for p in net.parameters()), atol=1e-6)
 
 
 @pytest.mark.parametrize("solver", SDE_SOLVERS, ids=name)
