@@ -13,18 +13,10 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from odelayers import Dopri5, ODEBlock, gershgorin, jacobian, spectral_abscissa, spectrum
-from strategies import Bounded, bounded_fields, seeds, states
+from strategies import Bounded, bounded_fields, orthogonal, random, seeds, states
 
 F64 = torch.float64
 TIGHT = Dopri5(rtol=1e-10, atol=1e-10)
-
-
-def random(*shape: int, seed: int, dtype: torch.dtype = F64) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
-
-
-def orthogonal(n: int, seed: int) -> Tensor:
-    return torch.linalg.qr(random(n, n, seed=seed)).Q
 
 
 def operator_norm(A: Tensor, p: float) -> Tensor:

@@ -12,18 +12,10 @@ from torch import Tensor
 
 from odelayers import jacobian, log_norm, spectral_abscissa
 from odelayers._squaring import bounds_by_squaring
-from strategies import Bounded, bounded_fields, seeds, states
+from strategies import Bounded, bounded_fields, orthogonal, random, seeds, states
 
 F64 = torch.float64
 EPS = torch.finfo(F64).eps
-
-
-def random(*shape: int, seed: int, dtype: torch.dtype = F64) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
-
-
-def orthogonal(n: int, seed: int) -> Tensor:
-    return torch.linalg.qr(random(n, n, seed=seed)).Q
 
 
 def eigenvalue_blocks(n: int, seed: int, speed: float) -> tuple[Tensor, float]:
