@@ -81,7 +81,7 @@ def test_dominance_of_the_modulus_alone_does_not() -> None:
 
 @given(matrices(), st.floats(0.05, 1.0))
 def test_a_negative_abscissa_is_decay_and_a_positive_one_growth(J: Tensor, gap: float) -> None:
-    """Theorem 3 of the paper: ||e^{At}|| -> 0 when the abscissa is -gap, and e^{gap t} <= ||e^{At}|| when it is +gap."""
+    """Theorem 3 of the paper: ||e^{At}|| -> 0 when the abscissa is -gap, and e^{gap t} <= ||e^{At}|| when it is gap."""
     abscissa = torch.tensor([max(scipy.linalg.eigvals(A.numpy()).real) for A in J], dtype=torch.float64)
     torch.testing.assert_close(spectral_abscissa(J), abscissa, atol=1e-9, rtol=0)
     centred = J - abscissa[:, None, None] * torch.eye(J.shape[-1])
