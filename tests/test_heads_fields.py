@@ -29,7 +29,7 @@ def double() -> Iterator[None]:
 
 @pytest.mark.parametrize(("classes", "dim"), [(2, 1), (2, 5), (3, 2), (10, 9), (10, 10), (10, 64), (100, 512)])
 def test_simplex_rows_are_unit_vectors_at_equal_obtuse_angles(classes: int, dim: int, double: None) -> None:
-    """Every cosine is -1/(classes - 1), every length 1, to rounding."""
+    """Rankin 1955: Every cosine is -1/(classes - 1), every length 1, to rounding."""
     V = simplex_head(classes, dim).weight
     expected = torch.full((classes, classes), -1 / (classes - 1)).fill_diagonal_(1.0)
     torch.testing.assert_close(V @ V.T, expected, rtol=0, atol=1e-13)
@@ -37,7 +37,7 @@ def test_simplex_rows_are_unit_vectors_at_equal_obtuse_angles(classes: int, dim:
 
 @given(seeds, st.integers(2, 8), st.integers(1, 8))
 def test_no_unit_vectors_are_further_apart_than_the_simplex(seed: int, classes: int, dim: int) -> None:
-    """Theorem 18: the largest cosine of any k unit vectors is at least -1/(k - 1), in any dimension."""
+    """Rankin 1955: the largest cosine of any k unit vectors is at least -1/(k - 1), in any dimension."""
     V = nn.functional.normalize(states(classes, dim, seed), dim=1)
     cosines = (V @ V.T).fill_diagonal_(-math.inf)
     assert cosines.max() >= -1 / (classes - 1) - 1e-12

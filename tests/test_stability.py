@@ -84,7 +84,8 @@ def test_a_sign_within_margin_and_rounding_is_undecided() -> None:
 
 
 def test_a_check_at_a_point_is_no_certificate_of_a_basin() -> None:
-    """Control: z' = -z + z^3 is contracting at 0 by every measure, and the solution from 1.1 blows up."""
+    """Control, Theorem 2 of the paper: z' = -z + z^3 is contracting at 0 by every measure, and the solution from 1.1
+    blows up."""
     report = check_stability(lambda z: -z + z**3, torch.tensor([[0.0], [1.1]], dtype=torch.float64))
     assert report.verdict == ["contracting", "unstable"]
     solution = scipy.integrate.solve_ivp(lambda t, z: -z + z**3, (0, 5), [1.1], events=lambda t, z: abs(z[0]) - 1e3)
@@ -144,8 +145,8 @@ def test_reports_refuse_what_they_cannot_check() -> None:
 
 
 def test_lemma_2_gives_equilibria_with_any_jacobians() -> None:
-    """f = sum phi_i(z) A_i (z - z_i) with disjoint C^1 bumps has f(z_i) = 0 and Jacobian A_i there; without the bumps
-    the Jacobian is the sum of all A_i (control)."""
+    """Lemma 2 of the paper: f = sum phi_i(z) A_i (z - z_i) with disjoint C^1 bumps has f(z_i) = 0 and Jacobian A_i
+    there; without the bumps the Jacobian is the sum of all A_i (control)."""
     points = torch.tensor([[0.0, 0.0], [3.0, 0.0], [0.0, 3.0]], dtype=torch.float64)
     A = torch.randn(3, 2, 2, dtype=torch.float64)
 
