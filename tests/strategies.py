@@ -1,4 +1,4 @@
-"""What hypothesis draws: fields with a known Lipschitz bound, matrices, states, times. Float64, small dimensions."""
+"""What hypothesis draws: fields with a known Lipschitz bound, matrices, states, seeds. Float64, small dimensions."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-__all__ = ["Bounded", "bounded_fields", "drops", "seeds", "states"]
+__all__ = ["Bounded", "any_matrices", "bounded_fields", "drops", "matrices", "orthogonal", "random", "seeds", "states"]
 
 seeds = st.integers(0, 2**31 - 1)
 drops = st.floats(0.05, 0.9)
@@ -53,4 +53,24 @@ def bounded_fields(draw: st.DrawFn, dim: int | None = None) -> Bounded:
 
 def states(batch: int, dim: int, seed: int, size: float = 1.0) -> Tensor:
     """A batch of normal states, float64."""
-    return size * torch.randn(batch, dim, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return size * random(batch, dim, seed=seed)
+
+
+def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
+    """Normal numbers of any shape."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def orthogonal(n: int, seed: int) -> Tensor:
+    """An orthogonal matrix, (n, n)."""
+    return torch.linalg.qr(random(n, n, seed=seed)).Q
+
+
+def matrices(dtype: torch.dtype = torch.float64) -> st.SearchStrategy[Tensor]:
+    """Batches of three normal matrices, n <= 6."""
+    return st.builds(lambda seed, n: random(3, n, n, seed=seed, dtype=dtype), seeds, st.integers(1, 6))
+
+
+def any_matrices() -> st.SearchStrategy[Tensor]:
+    """Batches of three matrices, real or complex."""
+    return matrices() | matrices(torch.complex128)

@@ -46,7 +46,8 @@ def distance(found: list[Tensor], wanted: list[Tensor]) -> float:
 )
 @pytest.mark.parametrize("make", ADAPTIVE, ids=["Dopri5", "Tsit5", "TorchDiffEq"])
 def test_the_adjoint_s_error_falls_with_the_tolerance(make: Any, times: dict[str, Any]) -> None:
-    """Against Backprop at 1e-12, for states, context and parameters, over outputs forwards and backwards."""
+    """Pontryagin 1962: Against Backprop at 1e-12, for states, context and parameters, over outputs forwards and
+    backwards."""
     net = TanhNet()
     exact = solved(ODEBlock(net, solver=Dopri5(1e-12, 1e-12)), **times)
     errors = [
@@ -81,7 +82,8 @@ def test_the_adjoint_gives_end_times_their_gradient(shape: str) -> None:
 
 @pytest.mark.parametrize("rate, refused", [(-10.0, True), (-1.0, False)], ids=["contracting", "mild"])
 def test_the_adjoint_refuses_where_its_backward_solve_loses_the_state(rate: float, refused: bool) -> None:
-    """z' = -10 z over T = 5: the recovered state is off by e^50 roundings; the error names Checkpoint. -z is fine."""
+    """Pontryagin 1962: z' = -10 z over T = 5: the recovered state is off by e^50 roundings; the error names Checkpoint.
+    -z is fine."""
     z = torch.randn(8, 3, dtype=torch.float64, requires_grad=True)
     out = ODEBlock(lambda z: rate * z, t1=5.0, gradient=Adjoint())(z)
     if refused:
@@ -106,7 +108,8 @@ def test_the_drift_is_dated_by_the_output_at_which_it_is_seen(lost: float) -> No
 
 
 def test_without_the_check_the_contracting_gradient_would_be_wrong() -> None:
-    """Control: with torchdiffeq's adjoint, which recovers the state unchecked, a nonlinear gradient is far off."""
+    """Control, Pontryagin 1962: with torchdiffeq's adjoint, which recovers the state unchecked, a nonlinear gradient is
+    far off."""
 
     def f(z: Tensor) -> Tensor:
         return torch.tanh(3 * z.flip(1)) - 10 * z

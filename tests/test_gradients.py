@@ -41,7 +41,8 @@ def reading(solver: Any) -> dict[str, str]:
 
 @pytest.mark.parametrize("solver", [*ODE_SOLVERS[:4], TIGHT], ids=name)
 def test_backprop_passes_gradcheck_and_gradgradcheck(solver: Any) -> None:
-    """First and second derivatives in the state, the context and the end time agree with finite differences."""
+    """Griewank and Walther 2008: First and second derivatives in the state, the context and the end time agree with
+    finite differences."""
     net = TanhNet(2, 3)
     block = ODEBlock(net, solver=solver)
     z, context = (torch.randn(2, n, dtype=torch.float64, requires_grad=True) for n in (2, 3))

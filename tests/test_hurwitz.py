@@ -154,7 +154,8 @@ def test_squaring_leaves_almost_nothing_to_lapack(to_lapack: list[int], monkeypa
 
 
 def test_defective_matrices_are_left_to_lapack(to_lapack: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Stable Jordan blocks near the axis: squaring alone takes some for unstable (control), the answer is right."""
+    """Gelfand 1941: Stable Jordan blocks near the axis: squaring alone takes some for unstable (control), the answer is
+    right."""
     Q = torch.linalg.qr(torch.randn(400, 2, 2, dtype=F64, generator=torch.Generator().manual_seed(0))).Q
     J = Q @ torch.tensor([[-5e-7, 1.0], [0.0, -5e-7]], dtype=F64) @ Q.mT
     assert (bounds_by_squaring(J, 24).lower > 1e-7).any()
@@ -165,7 +166,8 @@ def test_defective_matrices_are_left_to_lapack(to_lapack: list[int], monkeypatch
 @settings(max_examples=60)
 @given(st.sampled_from(KINDS), st.integers(1, 8), seeds)
 def test_the_abscissa_lies_between_the_bounds_by_squaring(kind: str, n: int, seed: int) -> None:
-    """|tr e^(tA)| / n <= e^(t abscissa) <= |e^(tA)|, and both are near: the trace's within 10 / 2^22 of |A|."""
+    """Gelfand 1941: |tr e^(tA)| / n <= e^(t abscissa) <= |e^(tA)|, and both are near: the trace's within 10 / 2^22 of
+    |A|."""
     A = torch.from_numpy(matrix(kind, n, seed))
     exact = torch.linalg.eigvals(A).real.amax().item()
     lower, upper, cancelled = (x.item() for x in bounds_by_squaring(A, 24))

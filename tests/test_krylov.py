@@ -12,13 +12,9 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
 from odelayers import ConvField, RitzValues, euclidean_log_norm, jacobian, log_norm, rightmost_eigenvalues
-from strategies import Bounded, bounded_fields, seeds, states
+from strategies import Bounded, bounded_fields, random, seeds, states
 
 F64 = torch.float64
-
-
-def random(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, dtype=F64, generator=torch.Generator().manual_seed(seed))
 
 
 def linear(A: Tensor) -> Callable[[Tensor], Tensor]:

@@ -11,22 +11,9 @@ from hypothesis import given, strategies as st
 from torch import Tensor
 
 from odelayers._linalg import eigenvalues, gershgorin, log_norm, spectral_abscissa
+from strategies import any_matrices, matrices, orthogonal, random, seeds
 
 NORMS = (1, 2, math.inf)
-
-
-def matrices(complex_entries: bool = False) -> st.SearchStrategy[Tensor]:
-    """Batches of three matrices in double precision, n <= 6, from a seed."""
-
-    def build(seed: int, n: int) -> Tensor:
-        dtype = torch.complex128 if complex_entries else torch.float64
-        return torch.randn(3, n, n, dtype=dtype, generator=torch.Generator().manual_seed(seed))
-
-    return st.builds(build, st.integers(0, 2**32), st.integers(1, 6))
-
-
-def any_matrices() -> st.SearchStrategy[Tensor]:
-    return matrices() | matrices(complex_entries=True)
 
 
 @given(any_matrices(), st.sampled_from(["row", "column"]))
@@ -46,7 +33,7 @@ def test_gershgorin_keeps_a_radius_far_smaller_than_the_diagonal() -> None:
 
 @given(any_matrices(), st.sampled_from(["row", "column"]))
 def test_every_eigenvalue_lies_in_a_disc(J: Tensor, axis: str) -> None:
-    """Gershgorin's theorem: each eigenvalue (by scipy) is within a radius of its centre."""
+    """Gershgorin 1931: each eigenvalue (by scipy) is within a radius of its centre."""
     centres, radii = gershgorin(J, axis)
     for A, c, r in zip(J, centres, radii, strict=True):
         for value in scipy.linalg.eigvals(A.numpy()):
@@ -63,7 +50,7 @@ def test_log_norm_is_the_derivative_of_the_norm_at_the_identity(J: Tensor, p: fl
 
 @given(any_matrices(), st.sampled_from(NORMS), st.floats(0.0, 3.0))
 def test_log_norm_bounds_the_flow_and_the_abscissa(J: Tensor, p: float, t: float) -> None:
-    """||e^{Jt}||_p <= e^{mu_p t}, and the spectral abscissa is at most mu_p."""
+    """Dahlquist 1958, Lozinskii 1958: ||e^{Jt}||_p <= e^{mu_p t}, and the spectral abscissa is at most mu_p."""
     mu = log_norm(J, p)
     growth = torch.linalg.matrix_norm(torch.linalg.matrix_exp(J * t), ord=p)
     assert (growth <= torch.exp(mu * t) * (1 + 1e-9)).all()
@@ -72,7 +59,7 @@ def test_log_norm_bounds_the_flow_and_the_abscissa(J: Tensor, p: float, t: float
 
 @given(any_matrices(), st.sampled_from([("row", math.inf), ("column", 1)]), st.floats(1e-3, 1.0))
 def test_dominance_of_the_real_part_gives_stability(J: Tensor, which: tuple[str, float], gap: float) -> None:
-    """Theorem 4, corrected: Re a_ii < -R_i for all i gives abscissa <= max(Re a_ii + R_i) < 0, equal to mu."""
+    """Theorem 4 of the paper, corrected: Re a_ii < -R_i for all i gives abscissa <= max(Re a_ii + R_i) = mu < 0."""
     axis, p = which
     _, radii = gershgorin(J, axis)
     A = J - torch.diag_embed(J.diagonal(dim1=-2, dim2=-1).real + radii + gap).to(J.dtype)
@@ -84,7 +71,7 @@ def test_dominance_of_the_real_part_gives_stability(J: Tensor, which: tuple[str,
 
 
 def test_dominance_of_the_modulus_alone_does_not() -> None:
-    """Control: [[-1+10i, 5], [5, -1+10i]] is dominant with negative real diagonal, and its abscissa is +4."""
+    """Control, Theorem 4 of the paper as printed: [[-1+10i, 5], [5, -1+10i]] is dominant, Re a_ii < 0; abscissa +4."""
     A = torch.tensor([[[-1 + 10j, 5], [5, -1 + 10j]]], dtype=torch.complex128)
     centres, radii = gershgorin(A)
     assert (centres.abs() > radii).all() and (centres.real < 0).all()
@@ -94,7 +81,7 @@ def test_dominance_of_the_modulus_alone_does_not() -> None:
 
 @given(matrices(), st.floats(0.05, 1.0))
 def test_a_negative_abscissa_is_decay_and_a_positive_one_growth(J: Tensor, gap: float) -> None:
-    """Theorem 3: ||e^{At}|| tends to 0 when the abscissa is -gap, and e^{gap t} <= ||e^{At}|| when it is +gap."""
+    """Theorem 3 of the paper: ||e^{At}|| -> 0 when the abscissa is -gap, and e^{gap t} <= ||e^{At}|| when it is gap."""
     abscissa = torch.tensor([max(scipy.linalg.eigvals(A.numpy()).real) for A in J], dtype=torch.float64)
     torch.testing.assert_close(spectral_abscissa(J), abscissa, atol=1e-9, rtol=0)
     centred = J - abscissa[:, None, None] * torch.eye(J.shape[-1])
@@ -104,17 +91,33 @@ def test_a_negative_abscissa_is_decay_and_a_positive_one_growth(J: Tensor, gap: 
     assert (grown >= math.exp(gap) * (1 - 1e-6)).all()
 
 
-def test_eigenvalues_on_the_axis_may_rotate_or_grow() -> None:
-    """Theorem 3 at abscissa 0: a rotation stays bounded, the Jordan block [[0,1],[0,0]] does not."""
-    rotation = torch.tensor([[0.0, 1.0], [-1.0, 0.0]], dtype=torch.float64)
-    jordan = torch.tensor([[0.0, 1.0], [0.0, 0.0]], dtype=torch.float64)
-    assert spectral_abscissa(torch.stack([rotation, jordan])).tolist() == pytest.approx([0.0, 0.0])
-    assert torch.linalg.matrix_norm(torch.linalg.matrix_exp(rotation * 1000), 2).item() == pytest.approx(1.0)
-    assert torch.linalg.matrix_norm(torch.linalg.matrix_exp(jordan * 1000), 2).item() > 999
+@given(st.lists(st.floats(-3.0, 3.0), min_size=2, max_size=3), st.integers(0, 3), st.floats(0.0, 1.0), seeds)
+def test_eigenvalues_on_the_axis_may_rotate_or_grow(
+    speeds: list[float], damped: int, log_condition: float, seed: int
+) -> None:
+    """Theorem 3 of the paper, corrected: A = V diag(rotations, -d) V^-1 has |e^(At)| <= cond(V) at every t; with two
+    rotations of one speed made a Jordan block the norm grows like t (control)."""
+    speeds = [speeds[0], *speeds[:-1]]  # the first speed twice: semisimple all the same
+    turn = torch.tensor([[0.0, 1.0], [-1.0, 0.0]], dtype=torch.float64)
+    decay = -torch.diag(random(damped, seed=seed).abs())
+    D = torch.block_diag(*(speed * turn for speed in speeds), decay)
+    n, condition = len(D), 10**log_condition
+    stretch = torch.logspace(0, log_condition, n, dtype=torch.float64)
+    V = orthogonal(n, seed + 1) * stretch @ orthogonal(n, seed + 2)
+    coupled = D.clone()
+    coupled[:2, 2:4] = torch.eye(2)
+    bounded, growing = (V @ X @ torch.linalg.inv(V) for X in (D, coupled))
+    ts = torch.logspace(-2, 3, 30, dtype=torch.float64)
+    norms, grown = (
+        torch.linalg.matrix_norm(torch.linalg.matrix_exp(A * ts[:, None, None]), 2) for A in (bounded, growing)
+    )
+    assert spectral_abscissa(bounded).item() == pytest.approx(0.0, abs=1e-6)
+    assert (norms <= condition * (1 + 1e-8)).all() and (norms >= 1 - 1e-8).all()
+    assert (grown >= ts / condition * (1 - 1e-6)).all() and grown[-1] > 9 * condition
 
 
 def test_a_stable_matrix_may_grow_first() -> None:
-    """Control: [[-1,100],[0,-1]] has abscissa -1 and grows at first at the rate of its log norm, 49."""
+    """Control, Theorem 3 of the paper: [[-1,100],[0,-1]] has abscissa -1 and grows at first at its log norm, 49."""
     A = torch.tensor([[-1.0, 100.0], [0.0, -1.0]], dtype=torch.float64)
     assert spectral_abscissa(A).item() == pytest.approx(-1.0)
     assert log_norm(A, 2).item() == pytest.approx(49.0)

@@ -140,7 +140,8 @@ def test_running_integrals_get_the_gradient_of_the_recursion(solver: Any) -> Non
 @settings(max_examples=20)
 @given(bounded_fields(), seeds, st.sampled_from([*FIXED, *ADAPTIVE]), st.sampled_from([1.0, -1.0]))
 def test_any_field_up_to_rate_times_time_of_four(case: Bounded, seed: int, solver: Any, way: float) -> None:
-    """With L T <= 4, forwards and backwards, the gradient is that of the recursion to 1e-10 and never refused."""
+    """Kidger et al. 2021: With L T <= 4, forwards and backwards, the gradient is that of the recursion to 1e-10 and
+    never refused."""
     z = states(4, case.dim, seed).requires_grad_()
     out = ODEBlock(case.f, t1=way * case.time, solver=solver, gradient=FREE)(z)
     wanted = recursion(solver, lambda t, z: case.f(z), z, [0.0, way * case.time])[-1]

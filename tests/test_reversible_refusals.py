@@ -60,7 +60,8 @@ def pulled(gradient: Any, rates: Any, solver: Any, t1: float, dtype: torch.dtype
 @pytest.mark.parametrize("dtype", [torch.float32, F64], ids=str)
 @pytest.mark.parametrize("solver", [Euler(100), RK4(100), RK4(1000), Dopri5(), Tsit5(1e-6, 1e-6)], ids=repr)
 def test_a_contracting_field_is_refused_in_the_solve(solver: Any, dtype: torch.dtype) -> None:
-    """z' = -10 z over T = 5: the pair comes apart like e^50; rows, time, cause and remedy are named."""
+    """Kidger et al. 2021: z' = -10 z over T = 5: the pair comes apart like e^50; rows, time, cause and remedy are
+    named."""
     z = torch.randn(4, 2, dtype=dtype, requires_grad=True)
     block = ODEBlock(lambda z: -10 * z, t1=5.0, solver=solver, gradient=Reversible())
     for grad in (True, False):
@@ -129,7 +130,8 @@ UNGUARDED: dict[str, tuple[Any, Any, float, torch.dtype]] = {
 
 @pytest.mark.parametrize("check", UNGUARDED)
 def test_without_each_check_a_wrong_gradient_would_pass(check: str) -> None:
-    """Control: one check off and the others on, over T = 3, a gradient is given that is off by more than 5 %."""
+    """Control, Kidger et al. 2021: one check off and the others on, over T = 3, a gradient is given that is off by more
+    than 5 %."""
     gradient, solver, rate, dtype = UNGUARDED[check]
     found = pulled(gradient, [rate], solver, 3.0, dtype)
     wanted = pulled(Backprop(), [rate], Dopri5(1e-11, 1e-11), 3.0)

@@ -60,7 +60,7 @@ def gbm_at_one(w: Tensor, calculus: str) -> Tensor:
     ids=lambda v: v if isinstance(v, str) else name(v) if isinstance(v, type) else "",
 )
 def test_strong_orders_over_common_paths(solver: type, calculus: str, order: float) -> None:
-    """The mean error over 4,000 paths of geometric Brownian motion (scalar noise) falls at the strong order."""
+    """Kloeden and Platen 1992: the mean error over 4,000 paths of geometric Brownian motion falls at the strong order."""
     dw, sizes, errors = increments(256, 4000), [], []
     exact = gbm_at_one(dw.sum(dim=0), calculus)
     for factor in (1, 2, 4, 8, 16):
@@ -79,7 +79,7 @@ def test_strong_orders_over_common_paths(solver: type, calculus: str, order: flo
 
 
 def test_the_other_reading_is_another_equation() -> None:
-    """Control: Euler-Maruyama does not approach the Stratonovich solution however small the step."""
+    """Control, Stratonovich 1966: Euler-Maruyama does not approach the Stratonovich solution however small the step."""
     dw = increments(512, 2000)
     block = SDEBlock(lambda z: LAMBDA * z, lambda z: SIGMA * z, solver=EulerMaruyama(steps=512), noise="scalar")
     found = block.solve(torch.ones(2000, 1, dtype=F64), noise=dw).final[:, 0].log().mean()
@@ -90,7 +90,8 @@ def test_the_other_reading_is_another_equation() -> None:
 @pytest.mark.parametrize("solver", [StratonovichHeun, Milstein], ids=name)
 @pytest.mark.parametrize("layer_time", [1.0, 0.25])
 def test_a_noisy_clock_is_the_ode_run_to_a_random_time(solver: type, layer_time: float) -> None:
-    """dz = f o (dt + sigma dW) with one W a row is the flow of f for time T + sigma W(T): here for z' = -sin z."""
+    """Doss 1977, Sussmann 1978: dz = f o (dt + sigma dW) with one W a row is the flow of f for time T + sigma W(T):
+    here for z' = -sin z."""
     dw, z0, errors = increments(1024, 50), torch.linspace(-2, 2, 100, dtype=F64).reshape(50, 2), []
     for factor in (16, 4, 1):
         given = coarser(dw, factor)
@@ -104,7 +105,8 @@ def test_a_noisy_clock_is_the_ode_run_to_a_random_time(solver: type, layer_time:
 
 
 def test_dropout_moments_by_enumeration() -> None:
-    """One Euler-Maruyama step of h = layer_time has the mean and variance of the dropout step over all masks."""
+    """Equations 7 and 8 of the paper: One Euler-Maruyama step of h = layer_time has the mean and variance of the
+    dropout step over all masks."""
     p, layer_time, dim = 0.3, 0.25, 3
     f, z = TanhNet(dim), torch.randn(1, dim, dtype=F64)
     fz = f(torch.zeros((), dtype=F64), z).detach()
@@ -123,7 +125,7 @@ def test_dropout_moments_by_enumeration() -> None:
 
 @pytest.mark.parametrize("pair", [(EulerMaruyama(9), Euler(9)), (StratonovichHeun(9), None)], ids=["Euler", "Heun"])
 def test_without_noise_the_block_is_its_ode_method_bit_for_bit(pair: tuple[Any, Any]) -> None:
-    """p = 0 in training and any p in evaluation equal the deterministic solve exactly."""
+    """Equation 8 of the paper: p = 0 in training and any p in evaluation equal the deterministic solve exactly."""
     sde, ode = pair
     f, z = TanhNet(3), torch.randn(4, 3, dtype=F64)
     calculus = sde.calculus[0]

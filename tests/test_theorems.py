@@ -46,7 +46,7 @@ def flow(case: Bounded, z: Tensor, t: float | None = None) -> Tensor:
 @few
 @given(bounded_fields(), seeds)
 def test_solutions_do_not_cross(case: Bounded, seed: int) -> None:
-    """|z1(t) - z2(t)| >= e^(-Lt) |z1(0) - z2(0)| for a field with Lipschitz constant L."""
+    """Theorem 1 of the paper: |z1(t) - z2(t)| >= e^(-Lt) |z1(0) - z2(0)|, L the Lipschitz constant."""
     z1, z2 = pairs(seed, case.dim)
     before, after = (z1 - z2).norm(dim=1), (flow(case, z1) - flow(case, z2)).norm(dim=1)
     assert (after >= math.exp(-case.lipschitz * case.time) * before * (1 - 1e-6) - 1e-8).all()
@@ -55,14 +55,14 @@ def test_solutions_do_not_cross(case: Bounded, seed: int) -> None:
 @few
 @given(bounded_fields(dim=1), seeds)
 def test_in_one_dimension_the_order_is_kept(case: Bounded, seed: int) -> None:
-    """A one-dimensional flow is strictly increasing."""
+    """Theorem 1 of the paper in one dimension: the flow is strictly increasing."""
     z = torch.sort(states(50, 1, seed), dim=0).values
     z = z + 1e-3 * torch.arange(50, dtype=F64)[:, None]
     assert (flow(case, z).diff(dim=0) > 0).all()
 
 
 def test_euler_with_a_long_step_crosses() -> None:
-    """Control: f = -2 z at h = 1 has hL > 1, and the two solutions swap sides; Dopri5's do not."""
+    """Control, Theorem 1 of the paper: f = -2 z at h = 1 has hL > 1, and two solutions swap sides; not by Dopri5."""
     z = torch.tensor([[-1.0], [1.0]], dtype=F64)
     assert (ODEBlock(lambda z: -2 * z, solver=Euler(steps=1))(z).diff(dim=0) < 0).all()
     assert (ODEBlock(lambda z: -2 * z)(z).diff(dim=0) > 0).all()
@@ -71,7 +71,7 @@ def test_euler_with_a_long_step_crosses() -> None:
 @few
 @given(bounded_fields(), seeds)
 def test_gronwall_bounds_the_distance(case: Bounded, seed: int) -> None:
-    """|z1(t) - z2(t)| <= e^(Lt) |z1(0) - z2(0)|."""
+    """Lemma 1 of the paper (Gronwall 1919): |z1(t) - z2(t)| <= e^(Lt) |z1(0) - z2(0)|."""
     z1, z2 = pairs(seed, case.dim)
     before, after = (z1 - z2).norm(dim=1), (flow(case, z1) - flow(case, z2)).norm(dim=1)
     assert (after <= math.exp(case.lipschitz * case.time) * before * (1 + 1e-6) + 1e-9).all()
@@ -80,7 +80,7 @@ def test_gronwall_bounds_the_distance(case: Bounded, seed: int) -> None:
 @few
 @given(st.floats(0.1, 2.0), st.floats(0.1, 2.0), seeds)
 def test_gronwall_is_attained_by_a_scalar_multiple(c: float, time: float, seed: int) -> None:
-    """f = C z with C > 0 attains e^(Ct)."""
+    """Lemma 1 of the paper (Gronwall 1919): f = C z with C > 0 attains e^(Ct)."""
     z1, z2 = pairs(seed, 3)
     block = ODEBlock(lambda z: c * z, t1=time, solver=TIGHT)
     ratio = (block(z1) - block(z2)).norm(dim=1) / (z1 - z2).norm(dim=1)
@@ -88,7 +88,7 @@ def test_gronwall_is_attained_by_a_scalar_multiple(c: float, time: float, seed: 
 
 
 def test_without_a_lipschitz_bound_gronwall_s_fails() -> None:
-    """Control: y' = y^2 has L = 1.8 at the start from 0.9, yet the distance grows by 50 > e^1.8 within t = 1."""
+    """Control, Lemma 1 of the paper: y' = y^2 has L = 1.8 at its start, 0.9, yet the distance grows by 50 > e^1.8."""
     z = torch.tensor([[0.9], [0.8]], dtype=F64)
     growth = ODEBlock(torch.square, time=False, solver=TIGHT)(z).diff(dim=0).abs().item() / 0.1
     assert growth == pytest.approx(50, rel=1e-4) and growth > math.exp(1.8)
@@ -97,7 +97,7 @@ def test_without_a_lipschitz_bound_gronwall_s_fails() -> None:
 @settings(max_examples=10)
 @given(bounded_fields(), seeds)
 def test_the_log_norm_along_the_segment_bounds_more_sharply(case: Bounded, seed: int) -> None:
-    """log of the distance grows by at most the integral of the largest log norm between the two solutions."""
+    """Dahlquist 1958: log of the distance grows by at most the integral of the largest log norm between the two."""
     z1, z2 = pairs(seed, case.dim)
     ts, shares = torch.linspace(0, case.time, 21, dtype=F64), torch.linspace(0, 1, 17, dtype=F64)
     with torch.no_grad():
@@ -106,14 +106,14 @@ def test_the_log_norm_along_the_segment_bounds_more_sharply(case: Bounded, seed:
         mu = log_norm(jacobian(case.f, points.reshape(-1, case.dim)), 2).reshape(21, 8, 17).amax(dim=2)
     bound = torch.trapezoid(mu, ts, dim=0)
     growth = ((a[-1] - b[-1]).norm(dim=1) / (z1 - z2).norm(dim=1)).log()
-    assert (growth <= bound + 2e-2 * case.lipschitz * case.time + 1e-6).all()
+    assert (growth <= bound + 1e-3 * case.lipschitz * case.time + 1e-6).all()
     assert (bound <= case.lipschitz * case.time * (1 + 1e-9)).all()
 
 
 @few
 @given(st.floats(-3.0, 0.8), st.floats(0.1, 3.0))
 def test_a_conjugacy_to_the_linear_flow(z0: float, t: float) -> None:
-    """z' = -z + z^2 with h = z / (1 - z): h(flow_t z) = e^(-t) h(z) for z < 1 (Hartman and Grobman, exact)."""
+    """z' = -z + z^2 with h = z / (1 - z): h(flow_t z) = e^(-t) h(z) for z < 1 (Theorem 2 of the paper, exact)."""
     z = torch.tensor([[z0]], dtype=F64)
     end = ODEBlock(lambda z: z**2 - z, t1=t, solver=TIGHT)(z)
     assert (end / (1 - end)).item() == pytest.approx(math.exp(-t) * z0 / (1 - z0), abs=1e-7)
@@ -122,7 +122,7 @@ def test_a_conjugacy_to_the_linear_flow(z0: float, t: float) -> None:
 @few
 @given(bounded_fields(), seeds)
 def test_a_flow_is_undone_by_its_reverse_and_composes(case: Bounded, seed: int) -> None:
-    """flow(-T) after flow(T) is the identity; flow(s) after flow(T - s) is flow(T)."""
+    """Picard 1890, Lindelof 1894: flow(-T) after flow(T) is the identity; flow(s) after flow(T - s) is flow(T)."""
     z = states(8, case.dim, seed)
     there = flow(case, z)
     slack = 1e-8 * math.exp(case.lipschitz * case.time)
@@ -133,7 +133,7 @@ def test_a_flow_is_undone_by_its_reverse_and_composes(case: Bounded, seed: int) 
 @settings(max_examples=10)
 @given(bounded_fields(), seeds)
 def test_liouville_s_formula(case: Bounded, seed: int) -> None:
-    """log det D(flow) is the integral of the trace of J along the solution: positive, so orientation is kept."""
+    """Liouville 1838: log det D(flow) is the integral of tr J along the solution, so orientation is kept."""
     z = states(4, case.dim, seed)
     block = ODEBlock(case.f, t1=case.time, solver=RK4(steps=60))
     derivative = torch.func.vmap(torch.func.jacrev(lambda x: block(x[None])[0]))(z)
@@ -160,14 +160,14 @@ def winding(points: Tensor) -> int:
 @few
 @given(bounded_fields(dim=2), seeds)
 def test_the_image_of_a_circle_winds_once_around_the_image_of_its_centre(case: Bounded, seed: int) -> None:
-    """A planar flow keeps what is inside inside and does not turn the circle over."""
+    """Brouwer 1912: a planar flow, of degree 1, keeps inside what is inside and does not turn the circle over."""
     angle = torch.linspace(0, 2 * math.pi, 401, dtype=F64)[:-1]
     circle = torch.cat([torch.stack([angle.cos(), angle.sin()], dim=1), torch.zeros(1, 2, dtype=F64)])
     assert winding(flow(case, circle + states(1, 2, seed))) == 1
 
 
 def test_a_map_that_is_no_flow_winds_otherwise() -> None:
-    """Control: one Euler step of h = 1 for f = z^2 - z, complex, is z^2: its image of the circle winds twice."""
+    """Control, Brouwer 1912: one Euler step, h = 1, f = z^2 - z, complex, is z^2: the circle winds twice."""
     angle = torch.linspace(0, 2 * math.pi, 401, dtype=F64)[:-1]
     circle = torch.cat([torch.stack([angle.cos(), angle.sin()], dim=1), torch.zeros(1, 2, dtype=F64)])
 
@@ -183,14 +183,14 @@ def test_a_map_that_is_no_flow_winds_otherwise() -> None:
 def test_a_one_dimensional_flow_with_an_affine_map_cannot_label_minus_plus_minus(
     case: Bounded, seed: int, slope: float, shift: float
 ) -> None:
-    """The scores of three ordered points are monotone: the middle one is never above (or below) both others."""
+    """Section 5 of the paper: scores of three ordered points are monotone, the middle one between the others."""
     z = torch.sort(states(3, 1, seed), dim=0).values
     a, b, c = (slope * flow(case, z) + shift).flatten().tolist()
     assert min(a, c) - 1e-9 <= b <= max(a, c) + 1e-9
 
 
 def test_an_added_dimension_or_a_crossing_step_can() -> None:
-    """Control: a' = |z|^2 separates -/+/-, and so does one long Euler step of z' = z^2 - z, which is z -> z^2."""
+    """Control, section 5 of the paper: a' = |z|^2 separates -/+/-, as does one Euler step of z' = z^2 - z, z -> z^2."""
     z = torch.tensor([[-1.0], [0.0], [1.0]], dtype=F64)
 
     def lifted(y: Tensor) -> Tensor:
@@ -206,7 +206,7 @@ def test_an_added_dimension_or_a_crossing_step_can() -> None:
 @settings(max_examples=15)
 @given(bounded_fields(), seeds, st.sampled_from([Dopri5(), Tsit5(), RK4(steps=9), Euler(steps=9)]))
 def test_checkpointing_is_backpropagation_on_any_field(case: Bounded, seed: int, solver: object) -> None:
-    """The same gradients to rounding, for the state and every parameter."""
+    """Griewank 1992: checkpointing gives the same gradients to rounding, for the state and every parameter."""
     found = []
     for gradient in (Checkpoint(), Backprop()):
         z = states(4, case.dim, seed).requires_grad_()
@@ -218,7 +218,7 @@ def test_checkpointing_is_backpropagation_on_any_field(case: Bounded, seed: int,
 @settings(max_examples=15)
 @given(bounded_fields(), seeds)
 def test_the_adjoint_is_backpropagation_to_its_tolerance(case: Bounded, seed: int) -> None:
-    """With L T <= 4 and tolerance 1e-10 the adjoint agrees to 1e-5; where it cannot, it says so (control)."""
+    """Pontryagin 1962: with L T <= 4, at 1e-10, the adjoint agrees to 1e-5; where it cannot, it says so (control)."""
     found = []
     for gradient in (Adjoint(), Backprop()):
         z = states(4, case.dim, seed).requires_grad_()

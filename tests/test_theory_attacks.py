@@ -32,7 +32,7 @@ def length(change: Tensor, norm: str) -> Tensor:
 def test_what_is_found_lies_in_the_ball_and_in_the_cube(
     seed: int, norm: str, eps: float, loss: str, random_start: bool, restarts: int
 ) -> None:
-    """|x - x0| <= eps and 0 <= x <= 1, whatever the attack (definition of the threat)."""
+    """Madry et al. 2018: |x - x0| <= eps and 0 <= x <= 1, whatever the attack."""
     model, images, labels = case(seed)
     attack = PGD(loss, steps=4, restarts=restarts, random_start=random_start)
     found = perturb(model, images, labels, Threat(norm, eps), attack, torch.Generator().manual_seed(seed))
@@ -41,7 +41,8 @@ def test_what_is_found_lies_in_the_ball_and_in_the_cube(
 
 
 def test_without_the_cut_the_cube_is_left() -> None:
-    """Control: the same step from a corner, cut to the ball alone, leaves [0, 1]; project brings it back."""
+    """Control, Madry et al. 2018: the same step from a corner, cut to the ball alone, leaves [0, 1]; project brings it
+    back."""
     _, images, _ = case(0)
     outside = images + 0.3 * (images - 0.5).sign()
     assert outside.max() > 1 and (length(outside - images, "linf") <= 0.3 + 1e-12).all()
@@ -51,7 +52,8 @@ def test_without_the_cut_the_cube_is_left() -> None:
 @settings(max_examples=15)
 @given(seeds, NORMS)
 def test_the_worst_case_falls_as_the_set_of_attacks_grows(seed: int, norm: str) -> None:
-    """Accuracy in the worst case over a set of attacks is at most that over any part of it (a minimum over more)."""
+    """Croce and Hein 2020: Accuracy in the worst case over a set of attacks is at most that over any part of it (a
+    minimum over more)."""
     model, images, labels = case(seed)
     threat, right = Threat(norm, 0.05 if norm == "linf" else 0.3), torch.ones(8, dtype=torch.bool)
     alone, accuracies = [], []
@@ -68,7 +70,8 @@ def test_the_worst_case_falls_as_the_set_of_attacks_grows(seed: int, norm: str) 
 @settings(max_examples=15)
 @given(seeds, NORMS)
 def test_hits_that_carry_over_stay_hits_at_a_larger_radius(seed: int, norm: str) -> None:
-    """The balls are nested: an image found at eps is legal at any larger one, so accuracy falls as hits carry over."""
+    """Madry et al. 2018: The balls are nested: an image found at eps is legal at any larger one, so accuracy falls as
+    hits carry over."""
     model, images, labels = case(seed)
     carried, accuracies = images.clone(), [8]
     for eps in (0.02, 0.1, 0.3, 0.9):
@@ -82,7 +85,8 @@ def test_hits_that_carry_over_stay_hits_at_a_larger_radius(seed: int, norm: str)
 
 
 def test_without_carrying_over_a_larger_radius_may_miss() -> None:
-    """Control: a model that errs on (0.55, 0.65) falls to a step of 0.1 from 0.5 and stands against one of 0.3."""
+    """Control, Madry et al. 2018: a model that errs on (0.55, 0.65) falls to a step of 0.1 from 0.5 and stands against
+    one of 0.3."""
 
     def model(x: Tensor) -> Tensor:
         dent = 0.05 - (x.flatten(1) - 0.6).abs()

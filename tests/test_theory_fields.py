@@ -73,7 +73,7 @@ def ball(dim: int) -> tuple[Tensor, Tensor]:
 @settings(max_examples=30)
 @given(st.integers(1, 3).flatmap(lambda d: bounded_fields(dim=d)), seeds, st.floats(0.1, 1.0))
 def test_the_mean_trace_over_a_ball_is_bounded_by_the_field(case: Bounded, seed: int, radius: float) -> None:
-    """Divergence theorem: the mean of tr J over a ball of radius r is >= -(d/r) sup|f|; -(z - c) attains it."""
+    """Gauss 1813: the mean of tr J over a ball of radius r is >= -(d/r) sup|f|; -(z - c) attains it."""
     points, measure = ball(case.dim)
     centre = states(1, case.dim, seed)
     inside = centre + radius * points
@@ -86,7 +86,8 @@ def test_the_mean_trace_over_a_ball_is_bounded_by_the_field(case: Bounded, seed:
 
 
 def test_the_trace_at_one_point_is_not_so_bounded() -> None:
-    """Control: f = -e sin(z/e) has |f| <= e and tr J = -1 at 0 for every e, while -(d/r) sup|f| tends to 0."""
+    """Control, Gauss 1813: f = -e sin(z/e) has |f| <= e and tr J = -1 at 0 for every e, while -(d/r) sup|f|
+    tends to 0."""
     for e in (1e-1, 1e-3, 1e-6):
         f = lambda z, e=e: -e * torch.sin(z / e)  # noqa: E731
         assert jacobian(f, torch.zeros(1, 1, dtype=F64)).item() == pytest.approx(-1.0)
@@ -95,7 +96,8 @@ def test_the_trace_at_one_point_is_not_so_bounded() -> None:
 
 @pytest.mark.parametrize("classes", [3, 5, 10])
 def test_the_simplex_needs_its_dimension(classes: int) -> None:
-    """Control: -1/(k-1) is attained in k - 1 dimensions; in k - 2 no frame of 2,000 does, and the head refuses."""
+    """Control, Rankin 1955: -1/(k-1) is attained in k - 1 dimensions; in k - 2 no frame of 2,000 does, and the head
+    refuses."""
     V = simplex_head(classes, classes - 1).weight.double()
     cosine = (V @ V.T - 2 * torch.eye(classes, dtype=F64)).max().item()
     assert cosine == pytest.approx(-1 / (classes - 1), abs=1e-6)

@@ -13,18 +13,10 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from odelayers import Dopri5, ODEBlock, gershgorin, jacobian, spectral_abscissa, spectrum
-from strategies import Bounded, bounded_fields, seeds, states
+from strategies import Bounded, bounded_fields, orthogonal, random, seeds, states
 
 F64 = torch.float64
 TIGHT = Dopri5(rtol=1e-10, atol=1e-10)
-
-
-def random(*shape: int, seed: int, dtype: torch.dtype = F64) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
-
-
-def orthogonal(n: int, seed: int) -> Tensor:
-    return torch.linalg.qr(random(n, n, seed=seed)).Q
 
 
 def operator_norm(A: Tensor, p: float) -> Tensor:
@@ -39,10 +31,13 @@ def operator_norm(A: Tensor, p: float) -> Tensor:
 def test_near_a_sink_a_quadratic_lyapunov_function_decays(
     seed: int, n: int, gap: float, curvature: float, start: float
 ) -> None:
-    """Lyapunov: f = Az + r, |r| <= c |z|^2, A'P + PA = -I: V = z'Pz decays like e^(-t/2|P|) where |z| <= 1 / 4c|P|."""
+    """Lyapunov 1892: f = Az + r, |r| <= c |z|^2, A'P + PA = -Q, q the least eigenvalue of Q: V = z'Pz decays like
+    e^(-qt/2|P|) where |z| <= q / 4c|P|."""
     A = random(n, n, seed=seed)
     A = A - (spectral_abscissa(A) + gap) * torch.eye(n, dtype=F64)
-    P = torch.from_numpy(scipy.linalg.solve_continuous_lyapunov(A.T.numpy(), -np.eye(n)))
+    Q = orthogonal(n, seed + 4) * torch.logspace(-1, 1, n, dtype=F64) @ orthogonal(n, seed + 4).T
+    P = torch.from_numpy(scipy.linalg.solve_continuous_lyapunov(A.T.numpy(), -Q.numpy()))
+    q = torch.linalg.eigvalsh(Q)[0].item()
     values = torch.linalg.eigvalsh(P)
     low, high = values[0].item(), values[-1].item()
     W = orthogonal(n, seed + 1)
@@ -51,14 +46,14 @@ def test_near_a_sink_a_quadratic_lyapunov_function_decays(
     def V(z: Tensor) -> Tensor:
         return torch.einsum("...i,ij,...j->...", z, P, z)
 
-    level = low / (4 * high * curvature) ** 2  # there |z| <= 1 / (4 c |P|), so V' <= -|z|^2 / 2
+    level = low * (q / (4 * high * curvature)) ** 2  # there |z| <= q / (4 c |P|), so V' <= -q |z|^2 / 2
     z = states(8, n, seed + 3)
     z = z * (start * level / V(z)).sqrt()[:, None]
-    ts = torch.linspace(0, 4 * high, 9, dtype=F64)
+    ts = torch.linspace(0, 4 * high / q, 9, dtype=F64)
     scale = level**0.5  # solved in units of the set, so that the tolerance is one of V
     block = ODEBlock(lambda y: y @ A.T + curvature * scale * (y @ u)[:, None] * (y @ W.T), solver=TIGHT)
     along = V(scale * block.solve(z / scale, ts).zs)
-    assert (along <= along[0] * torch.exp(-ts / (2 * high))[:, None] * (1 + 1e-6) + 1e-9 * level * high).all()
+    assert (along <= along[0] * torch.exp(-q * ts / (2 * high))[:, None] * (1 + 1e-6) + 1e-9 * level * high).all()
 
 
 @pytest.mark.parametrize(("sign", "r0"), [(1.0, 0.5), (-1.0, 0.5)])
@@ -105,7 +100,7 @@ def test_dominance_of_the_modulus_lets_the_flow_grow() -> None:
 @settings(max_examples=25)
 @given(bounded_fields(), seeds, st.integers(1, 7))
 def test_vectorised_jacobians_are_the_loop_s(case: Bounded, seed: int, chunk: int) -> None:
-    """The batched J is that of one row at a time (1e-12), whatever the mates and the chunks (definition of J)."""
+    """Jacobi 1841: the batched J is that of one row at a time (1e-12), whatever the mates and the chunks."""
     z = states(5, case.dim, seed)
     one = torch.autograd.functional.jacobian
     loop = torch.stack([one(case.f, row) for row in z])
@@ -115,7 +110,7 @@ def test_vectorised_jacobians_are_the_loop_s(case: Bounded, seed: int, chunk: in
 
 
 def test_rows_that_interact_have_no_jacobian_of_their_own() -> None:
-    """Control: z - mean over the batch has no Jacobian a row; verify=True sees it."""
+    """Control, Jacobi 1841: z - mean over the batch has no Jacobian a row; verify=True sees it."""
     with pytest.raises(ValueError, match="row"):
         jacobian(lambda z: z - z.mean(0), states(4, 2, 0), verify=True)
 
@@ -128,7 +123,7 @@ def matched(a: Tensor, b: Tensor) -> float:
 @settings(max_examples=25)
 @given(bounded_fields(), seeds)
 def test_a_change_of_basis_keeps_the_spectrum(case: Bounded, seed: int) -> None:
-    """Q'f(Qy) has the spectrum of f, compared by the best matching (similar matrices)."""
+    """Horn and Johnson 1985: Q'f(Qy) has the spectrum of f (similar matrices), compared by the best matching."""
     z, Q = states(3, case.dim, seed), orthogonal(case.dim, seed)
     J = jacobian(case.f, z)
     rotated = spectrum(lambda y: case.f(y @ Q.T) @ Q, z @ Q)
@@ -139,6 +134,6 @@ def test_a_change_of_basis_keeps_the_spectrum(case: Bounded, seed: int) -> None:
 
 
 def test_eigenvalues_have_no_order() -> None:
-    """Control: diag(1, 2) and diag(2, 1) have one spectrum, and by index it differs by 1."""
+    """Control, Horn and Johnson 1985: diag(1, 2) and diag(2, 1) have one spectrum, and by index it differs by 1."""
     one, two = (spectrum(lambda z, d=d: z * torch.tensor(d, dtype=F64), states(1, 2, 0))[0] for d in ([1, 2], [2, 1]))
     assert matched(one, two) < 1e-12 and (one - two).abs().max() == pytest.approx(1.0)

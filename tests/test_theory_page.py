@@ -9,6 +9,7 @@ from pathlib import Path
 TESTS = Path(__file__).parent
 DOCS = TESTS.parent / "docs"
 PAGE = (DOCS / "theory.md").read_text()
+SOURCE = re.compile(r"(Theorem|Lemma|[Ee]quations?|eq\.|[Ss]ection) \d|[A-Z]\w+ (et al\. )?(18|19|20)\d\d\b")
 NAMED = re.compile(r"`(test_\w+\.py)::(test_\w+)`")
 
 
@@ -42,18 +43,22 @@ def test_each_of_the_19_statements_has_its_test_and_its_control() -> None:
         assert NAMED.search(control), f"statement {number} has no control"
 
 
-def test_the_page_s_tests_say_what_they_hold() -> None:
-    """Each named test has a docstring of one sentence or more."""
+def test_the_page_s_tests_say_what_they_hold_and_whence() -> None:
+    """Each named test's docstring names its source: the paper's number, or a name and a year; nothing else is one."""
     for file, test in NAMED.findall(PAGE):
         tree = ast.parse((TESTS / file).read_text())
         function = next(n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef) and n.name == test)
-        assert ast.get_docstring(function), f"{file}::{test} says nothing"
+        assert SOURCE.search(ast.get_docstring(function) or ""), f"{file}::{test} names no source"
+    assert not any(SOURCE.search(text) for text in ("Control: f = -2z, L = 1.8", "Over 1,500 paths", "By 2 of 20 rows"))
 
 
 def test_pictures_are_those_of_the_script_and_small() -> None:
-    """The page shows exactly the files of docs/_static/theory, each under 60 kB and drawn by the script."""
-    shown = sorted(re.findall(r"\]\(_static/theory/(\w+)\.svg\)", PAGE))
+    """Each statement shows one; together exactly the files of docs/_static/theory, under 60 kB, by the scripts."""
+    picture = re.compile(r"!\[[^]]{20,}\]\(_static/theory/(\w+)\.svg\)")
+    assert [number for number, body in sections(PAGE).items() if len(picture.findall(body)) != 1] == []
+    shown = sorted(picture.findall(PAGE))
     files = sorted((DOCS / "_static" / "theory").iterdir())
-    assert shown == [file.stem for file in files] and all(file.stat().st_size < 60_000 for file in files)
-    tree = ast.parse((DOCS / "theory_figures.py").read_text())
-    assert set(shown) <= {n.name for n in tree.body if isinstance(n, ast.FunctionDef)}
+    assert shown == [file.stem for file in files]
+    assert [file.name for file in files if file.stat().st_size >= 60_000] == []
+    trees = [ast.parse(script.read_text()) for script in DOCS.glob("theory_figures*.py")]
+    assert set(shown) <= {n.name for tree in trees for n in tree.body if isinstance(n, ast.FunctionDef)}

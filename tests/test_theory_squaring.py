@@ -12,18 +12,10 @@ from torch import Tensor
 
 from odelayers import jacobian, log_norm, spectral_abscissa
 from odelayers._squaring import bounds_by_squaring
-from strategies import Bounded, bounded_fields, seeds, states
+from strategies import Bounded, bounded_fields, orthogonal, random, seeds, states
 
 F64 = torch.float64
 EPS = torch.finfo(F64).eps
-
-
-def random(*shape: int, seed: int, dtype: torch.dtype = F64) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
-
-
-def orthogonal(n: int, seed: int) -> Tensor:
-    return torch.linalg.qr(random(n, n, seed=seed)).Q
 
 
 def eigenvalue_blocks(n: int, seed: int, speed: float) -> tuple[Tensor, float]:
@@ -39,7 +31,7 @@ def eigenvalue_blocks(n: int, seed: int, speed: float) -> tuple[Tensor, float]:
 @settings(max_examples=60)
 @given(seeds, st.integers(1, 12), st.floats(0.0, 3.0), st.sampled_from([0.0, 1.0, 100.0]), st.integers(-100, 100))
 def test_squaring_bounds_a_known_abscissa(seed: int, n: int, log_condition: float, speed: float, exponent: int) -> None:
-    """e^(t abscissa) <= |e^(tA)| (Gelfand): above a known abscissa but for rounding, and as near as documented."""
+    """Gelfand 1941: e^(t abscissa) <= |e^(tA)|: above a known abscissa but for rounding, and as near as documented."""
     D, abscissa = eigenvalue_blocks(n, seed, speed)
     stretch = torch.logspace(0, log_condition, n, dtype=F64)
     V = orthogonal(n, seed + 1) * stretch @ orthogonal(n, seed + 2)
@@ -60,7 +52,7 @@ def jordan_block(m: int, value: float, seed: int) -> Tensor:
 @given(seeds, st.integers(2, 7), st.floats(-2.0, 2.0), st.sampled_from([12, 16, 20, 24]))
 @example(313, 2, 0.0, 24)  # 13 times the excess that a root of degree 2 (m - 1) would allow
 def test_squaring_bounds_the_abscissa_of_a_jordan_block(seed: int, m: int, value: float, k: int) -> None:
-    """Never below, above by m log(2^k) |A| / 2^k and a root of the rounding.
+    """Gelfand 1941: Never below, above by m log(2^k) |A| / 2^k and a root of the rounding.
 
     |e^(tA)| grows like t^(m-1), in units of |A|. To square it adds a rounding of n eps |e^(tA)|^2, as an error D of A
     with |D| t^(2m-1) of that size in the corner opposite to the block's ones; it moves the eigenvalues by |D|^(1/m).
@@ -111,7 +103,8 @@ def test_wrong_numbers_of_squarings_are_refused(keywords, error: type[Exception]
 @settings(max_examples=25)
 @given(seeds, st.integers(2, 8), st.floats(0.3, 2.0))
 def test_each_squaring_halves_the_gap_of_a_diagonalisable_matrix(seed: int, n: int, slope: float) -> None:
-    """|e^(tA)| tends to |P| e^(t abscissa), P the projector on the first mode: the gap is log|P| / t (2^-k)."""
+    """Gelfand 1941: |e^(tA)| tends to |P| e^(t abscissa), P the projector on the first mode: the gap is log|P| / t
+    (2^-k)."""
     V = orthogonal(n, seed) * torch.logspace(0, slope, n, dtype=F64) @ orthogonal(n, seed + 1)
     A = V @ torch.diag(-torch.arange(n, dtype=F64)) @ torch.linalg.inv(V)
     projector = torch.linalg.matrix_norm(V[:, :1] @ torch.linalg.inv(V)[:1]).item()
@@ -121,7 +114,8 @@ def test_each_squaring_halves_the_gap_of_a_diagonalisable_matrix(seed: int, n: i
 
 
 def test_the_gap_of_a_jordan_block_falls_more_slowly() -> None:
-    """Control: for [[0, 1], [0, 0]] |e^(tA)| grows like t: the gap is log(t) / t and no squaring halves it."""
+    """Control, Gelfand 1941: for [[0, 1], [0, 0]] |e^(tA)| grows like t: the gap is log(t) / t and no squaring halves
+    it."""
     A = torch.tensor([[0.0, 1.0], [0.0, 0.0]], dtype=F64)
     for k in (8, 12, 16):
         now, then = (bounds_by_squaring(A, j).upper.item() for j in (k, k + 1))
@@ -130,7 +124,8 @@ def test_the_gap_of_a_jordan_block_falls_more_slowly() -> None:
 
 
 def test_the_trace_is_no_such_bound() -> None:
-    """Control: with the trace in place of a norm a rotation cancels, log|tr e^(tA)| / t < 0 = abscissa at t = 1.5."""
+    """Control, Gelfand 1941: with the trace in place of a norm a rotation cancels, log|tr e^(tA)| / t < 0 = abscissa at
+    t = 1.5."""
     A = torch.tensor([[0.0, 1.0], [-1.0, 0.0]], dtype=F64)
     assert torch.linalg.matrix_exp(1.5 * A).trace().abs().log().item() / 1.5 < -1
     assert spectral_abscissa(A, method="squaring").item() == pytest.approx(0.0, abs=1e-6)
@@ -147,7 +142,8 @@ def low_precision(product: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tens
 
 
 def test_products_as_short_as_tf32_s_leave_the_margin(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Control: factors of 10 bits put the result off by over a hundred times the margin; float64's stay inside."""
+    """Control, Gelfand 1941: factors of 10 bits put the result off by over a hundred times the margin; float64's stay
+    inside."""
     D, abscissa = eigenvalue_blocks(8, 0, 1.0)
     Q = orthogonal(8, 1)
     A = Q @ D @ Q.T
@@ -195,7 +191,7 @@ def test_squaring_runs_on_cuda_whatever_the_precision_setting() -> None:
 @settings(max_examples=25)
 @given(bounded_fields(), seeds)
 def test_the_bounds_on_a_jacobian_agree_in_order(case: Bounded, seed: int) -> None:
-    """abscissa <= squaring <= log norm, at points of a network (|e^(tJ)| <= e^(mu t))."""
+    """Gelfand 1941, Dahlquist 1958: abscissa <= squaring <= log norm, at points of a network (|e^(tJ)| <= e^(mu t))."""
     J = jacobian(case.f, states(4, case.dim, seed)).detach()
     exact, bound = spectral_abscissa(J), spectral_abscissa(J, method="squaring")
     slack = 1e-6 * (1 + J.norm(dim=(1, 2)))
