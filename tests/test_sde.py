@@ -60,7 +60,7 @@ def gbm_at_one(w: Tensor, calculus: str) -> Tensor:
     ids=lambda v: v if isinstance(v, str) else name(v) if isinstance(v, type) else "",
 )
 def test_strong_orders_over_common_paths(solver: type, calculus: str, order: float) -> None:
-    """Kloeden and Platen 1992: the mean error over 4,000 paths of geometric Brownian motion falls at the strong order."""
+    """Kloeden and Platen 1992: the mean error over 4,000 paths of geometric Brownian motion falls at that order."""
     dw, sizes, errors = increments(256, 4000), [], []
     exact = gbm_at_one(dw.sum(dim=0), calculus)
     for factor in (1, 2, 4, 8, 16):
