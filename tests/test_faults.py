@@ -80,6 +80,13 @@ def test_a_finite_time_blow_up_is_diagnosed_with_its_time(solver: Any, way: int,
     assert error.t[0] == pytest.approx(way * 1.0, abs=1e-2)
 
 
+@pytest.mark.parametrize("solver", [RK4(steps=4), Dopri5(), OWN, Rodas5P()], ids=name)
+def test_a_field_that_is_infinite_at_the_start_time_alone_fails_there(solver: Any) -> None:
+    """log t at t = 0: the states are finite and so is the field later on; all rows fail at 0, as not finite."""
+    error = failure(ODEBlock(lambda t, z: t.log() + 0 * z, t1=2.0, solver=solver), torch.ones(2, 1))
+    assert (error.rows, error.t, error.status) == ((0, 1), (0.0, 0.0), Status.NONFINITE)
+
+
 @pytest.mark.parametrize("solver", [RK4(steps=400), Euler(steps=400)], ids=name)
 def test_a_blow_up_on_a_fixed_grid_names_row_and_time(solver: Any) -> None:
     """A fixed grid steps over the singularity and overflows soon after: the first bad step is found."""

@@ -215,6 +215,13 @@ def test_bad_input_is_named(ask, f, z: Tensor, keywords: dict, error: type[Excep
         ask(field, z, **keywords)
 
 
+def test_estimates_are_values_without_a_graph() -> None:
+    """Neither keeps a graph alive for a state or a field that asks for gradients: nothing trains through them."""
+    f, z = nn.Linear(3, 3), torch.randn(2, 3, requires_grad=True)
+    for found in (euclidean_log_norm(f, z), rightmost_eigenvalues(f, z, k=1)):
+        assert not found.values.requires_grad and not found.residuals.requires_grad
+
+
 @pytest.mark.parametrize(("k", "iterations"), [(4, 100), (3, 2), (0, 2)])
 def test_more_values_than_there_are_is_refused(k: int, iterations: int) -> None:
     """k is at least 1, at most D and at most the number of iterations."""

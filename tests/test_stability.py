@@ -185,6 +185,8 @@ def test_exponents_of_a_triangular_linear_system_are_its_diagonal(seed: int, dim
     """The frame stays put, so even a short time gives the diagonal, sorted."""
     A = states(dim, dim, seed).triu()
     found = lyapunov_exponents(linear(A), torch.zeros(2, dim, dtype=torch.float64), t1=1.0, steps=50)
+    asking = torch.zeros(1, dim, dtype=torch.float64, requires_grad=True)
+    assert not lyapunov_exponents(linear(A), asking, t1=1.0, steps=2).requires_grad
     expected = A.diagonal().sort(descending=True).values.expand(2, dim)
     torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
 
