@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from scipy.stats import binomtest
 
-__all__ = ["Scores", "holm", "mcnemar", "wilson", "worst"]
+__all__ = ["Scores", "holm", "mcnemar", "percent", "wilson", "worst"]
 
 MOST_DRAWS = 74  # a count is kept as one printable character
 
@@ -96,6 +96,12 @@ def wilson(share: float, n: int, z: float = 1.959963984540054) -> tuple[float, f
     centre = (share + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * ((share * (1 - share) / n + z * z / (4 * n * n)) ** 0.5)
     return max(0.0, min(share, centre - half)), min(1.0, max(share, centre + half))  # rounding must not part them
+
+
+def percent(share: float, n: int) -> str:
+    """A share with its interval, in percent."""
+    low, high = wilson(share, n)
+    return f"{100 * share:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
 
 
 def mcnemar(first: Sequence[bool], second: Sequence[bool], alternative: str = "two-sided") -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..results import percent
+from ..scores import percent
 from .results import Results
 
 __all__ = ["findings"]

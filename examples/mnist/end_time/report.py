@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..records import Record
-from ..results import percent
+from ..scores import percent
 from . import figures
 from .findings import findings
 from .presets import BLOG
