@@ -215,6 +215,14 @@ def test_bad_input_is_named(ask, f, z: Tensor, keywords: dict, error: type[Excep
         ask(field, z, **keywords)
 
 
+def test_the_time_is_zero_unless_it_is_given() -> None:
+    """Of f = (t - 1) z the only eigenvalue, and the log norm, are t - 1."""
+    f, z = lambda t, z: (t - 1) * z, torch.randn(2, 3, dtype=torch.float64)
+    for ask in (euclidean_log_norm, lambda *a: rightmost_eigenvalues(*a, k=1)):
+        for found, expected in ((ask(f, z), -1.0), (ask(f, z, 3.0), 2.0)):
+            torch.testing.assert_close(found.values.real.flatten(), torch.full((2,), expected, dtype=torch.float64))
+
+
 def test_estimates_are_values_without_a_graph() -> None:
     """Neither keeps a graph alive for a state or a field that asks for gradients: nothing trains through them."""
     f, z = nn.Linear(3, 3), torch.randn(2, 3, requires_grad=True)

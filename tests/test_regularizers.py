@@ -281,3 +281,10 @@ def test_where_lyanet_is_zero_the_loss_falls_at_the_wanted_rate() -> None:
         z = z + h * descend(z)
     assert (V(z) <= start * math.exp(-kappa * 500 * h)).all()
     assert regularizer(lambda z: -descend(z), z, y, head).item() > 0
+
+
+def test_all_terms_weigh_one_unless_told() -> None:
+    """With f = 0 and J = 0 each exponential is 1 and the residual 0; with f = 1 the residual adds its square."""
+    z = torch.zeros(4, 3)
+    assert LyapunovRegularizer()(lambda z: 0 * z, z).item() == pytest.approx(2.0)
+    assert LyapunovRegularizer()(lambda z: 0 * z + 1, z).item() == pytest.approx(3.0)
