@@ -47,7 +47,9 @@ OWN = {  # the tests that know a module best come first
     "stability.py": "stability theorems",
     "regularizers.py": "regularizers running",
 }
-NEXT = "oracles reports construction refusals conventions running isolate faults gradients determinism transforms"
+NEXT = (
+    "construction reports refusals conventions recompute running isolate faults gradients adapters transforms oracles"
+)
 NOT_FAST = ("docs", "house", "memory", "examples_")  # text and style, memory, and the study: no test of these modules
 PAIRS = "Add_Sub Sub_Add Mul_Div Div_Mul Pow_Mul FloorDiv_Mul Mod_Mul BitAnd_BitOr BitOr_BitAnd Is_IsNot IsNot_Is"
 COMPARISONS = ("Eq", "NotEq", "Lt", "LtE", "Gt", "GtE")

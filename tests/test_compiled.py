@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import pickle
 import warnings
 from typing import Any
@@ -108,6 +109,19 @@ def test_inference_as_one_loop_takes_the_eager_steps(t1: float | Tensor) -> None
     assert (ours.nfe, ours.accepted, ours.rejected) == (eager.nfe, eager.accepted, eager.rejected)
     assert eager.rejected > 0
     torch.testing.assert_close(found[0].final, found[1].final, rtol=1e-12, atol=1e-13)
+
+
+@compiled
+@pytest.mark.timeout(600)
+def test_the_loop_gives_a_field_the_times_of_its_stages() -> None:
+    """z' = cos(9 t) z is z0 exp(sin(9 t1) / 9), in as many steps as eagerly: none was given up and tried again so."""
+    ours, eager = pair(lambda t, z: torch.cos(9 * t) * z, t1=2.0, solver=Dopri5(1e-9, 1e-9))
+    z = torch.randn(4, 3, dtype=F64)
+    with torch.no_grad():
+        with count_nfe(ours) as count:
+            found = ours(z)
+        assert count.nfe == eager.solve(z).stats.nfe
+    torch.testing.assert_close(found, z * math.exp(math.sin(18.0) / 9), rtol=1e-7, atol=1e-9)
 
 
 @compiled
