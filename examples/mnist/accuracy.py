@@ -24,7 +24,7 @@ def states(model: Classifier, images: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def ends(model: Classifier, z: Tensor, noise: torch.Generator | None) -> Tensor:
+def ends(model: Classifier, z: Tensor, noise: torch.Generator) -> Tensor:
     """What leaves the block, (N, 64), from what enters it."""
     return torch.cat([model.end(part, noise) for part in z.split(EVALUATION_BATCH)])
 

@@ -150,6 +150,5 @@ def family(results: Results) -> list[tuple[Comparison, float | None]]:
         if (first, second, where) != (noise, control, threat)
     ]
     found = [comparison for comparison in found if comparison.pairs]
-    several = [comparison for comparison in found if len(comparison.pairs) > 1]
-    corrected = dict(zip(map(id, several), holm([comparison.p for comparison in several]), strict=True))
-    return [(comparison, corrected.get(id(comparison))) for comparison in found]
+    corrected = iter(holm([comparison.p for comparison in found if len(comparison.pairs) > 1]))
+    return [(comparison, next(corrected) if len(comparison.pairs) > 1 else None) for comparison in found]

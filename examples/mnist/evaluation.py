@@ -190,15 +190,20 @@ def _zero_gradients(view: View, data: Split) -> dict[str, float]:
 
 def spectrum_cell(fields: Iterable[tuple[str, nn.Module, Tensor]]) -> dict[str, Any]:
     """The stability of each field at its states, and its eigenvalues' real parts."""
-    return {
-        name: {**stability(f, z), "real_parts": [round(x, 4) for x in spectrum(f, z).real.flatten().tolist()]}
-        for name, f, z in fields
-    }
+    found = {}
+    for name, f, z in fields:
+        real = spectrum(f, z).real
+        found[name] = {**_stability(f, z, real), "real_parts": [round(x, 4) for x in real.flatten().tolist()]}
+    return found
 
 
 def stability(f: nn.Module, z: Tensor) -> dict[str, Any]:
     """The share of states (B, 64) at which a field meets each constraint, and the size of the field there."""
-    real, report = spectrum(f, z).real, check_stability(f, z)
+    return _stability(f, z, spectrum(f, z).real)
+
+
+def _stability(f: nn.Module, z: Tensor, real: Tensor) -> dict[str, Any]:
+    report = check_stability(f, z)
 
     def share(holds: Tensor) -> float:
         return holds.float().mean().item()

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -24,7 +23,7 @@ __all__ = [
     "margin",
     "over_draws",
     "project",
-    "repeated",
+    "rewind",
 ]
 
 Model = Callable[[Tensor], Tensor]
@@ -201,15 +200,16 @@ def random_point(x: Tensor, threat: Threat, generator: torch.Generator) -> Tenso
     return project(x + threat.eps * change, x, threat)
 
 
-@contextmanager
-def repeated(model: Model) -> Iterator[Callable[[], None]]:
-    """Gives a call that takes the model's generator, if it says that it has one as `noise`, back to where it is now.
+def rewind(model: Model) -> Callable[[], object]:
+    """A call that takes the model's generator, if it says that it has one as `noise`, back to where it is now.
 
     Two images are told apart by far fewer draws if these are the same for both.
     """
     noise: torch.Generator | None = getattr(model, "noise", None)
-    state = noise and noise.get_state()
-    yield (lambda: noise.set_state(state)) if noise else silent  # type: ignore[arg-type]
+    if noise is None:
+        return silent
+    state = noise.get_state()
+    return lambda: noise.set_state(state)
 
 
 class Best:
@@ -243,10 +243,10 @@ class Best:
 
     def compared(self, rows: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """The margins of two images of each of these rows, under noise over the same draws."""
-        with repeated(self.model) as repeat:
-            first = self.asked(rows, x)
-            repeat()
-            return first, self.asked(rows, y)
+        again = rewind(self.model)
+        first = self.asked(rows, x)
+        again()
+        return first, self.asked(rows, y)
 
     def judge(self, rows: Tensor, x: Tensor) -> Tensor:
         """The margins (R,) of images `x` (R, ...) of these rows; what is better is kept."""

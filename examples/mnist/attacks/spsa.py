@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .common import Best, Method, Model, Threat, Tick, ascent, check_finite, margin, over_draws, project, repeated
+from .common import Best, Method, Model, Threat, Tick, ascent, check_finite, margin, over_draws, project, rewind
 
 __all__ = ["SPSA"]
 
@@ -87,14 +87,15 @@ class SPSA(Method):
         self, model: Model, x: Tensor, change: Tensor, labels: Tensor, shape: torch.Size
     ) -> tuple[Tensor, Tensor]:
         """The margins (n, R) at x + change and at x - change, over the same draws of a noisy model."""
-        found = []
-        with repeated(model) as repeat:
-            for asked in (x + change, x - change):
-                repeat()
-                logits = model(asked.reshape(-1, *shape))
-                check_finite(logits)
-                found.append(over_draws(margin(logits, labels)).view(len(change), -1))
-        return found[0], found[1]
+        again = rewind(model)
+
+        def margins(asked: Tensor) -> Tensor:
+            again()
+            logits = model(asked.reshape(-1, *shape))
+            check_finite(logits)
+            return over_draws(margin(logits, labels)).view(len(change), -1)
+
+        return margins(x + change), margins(x - change)
 
 
 def _direction(moments: Tensor, t: int, norm: str) -> Tensor:
