@@ -42,6 +42,12 @@ def honest(cell: Cell) -> float:
     return max(0.0, 0.98 - 0.3 * eps + (weaker[cell.group.name] if cell.group else 0))
 
 
+def masking(cell: Cell) -> float:
+    """M13 hides its gradient: white-box attacks find little, the others what they find on an honest model."""
+    hidden = cell.model == "M13" and cell.group is not None and cell.group.name == "white-box"
+    return 0.95 if hidden else honest(cell)
+
+
 def made_up(
     out: Path,
     accuracy: Accuracy = honest,

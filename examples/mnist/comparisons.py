@@ -94,7 +94,9 @@ def t_interval(values: list[float]) -> tuple[float, float] | None:
 def compare(results: Results, first: str, second: str, threat: str | None) -> Comparison:
     """Pair two models on every seed for which both are complete.
 
-    Both are judged, with all seeds, on the images and over the groups of attacks that all have in common.
+    All are judged on the images that they have in common. Attacks by a model's own gradient count where both models had
+    them; those that do without count for whoever had them: a model without a block has no way around it, and must not
+    thereby spare a model whose gradient is masked.
     """
     names, found, waiting = (first, second), {}, []
     planned = [
@@ -102,13 +104,13 @@ def compare(results: Results, first: str, second: str, threat: str | None) -> Co
         for seed in results.named("seed")
         if all(results.missing("train", name, seed) != NOT_PLANNED for name in names)
     ]
-    groups = results.common(threat, names, planned) if threat else []
+    groups = {name: results.counted(threat, name, names, planned) if threat else [] for name in names}
     for seed in planned:
-        lacking = [f"{name} {why}" for name in names if (why := _lacking(results, name, threat, groups, seed))]
+        lacking = [f"{name} {why}" for name in names if (why := _lacking(results, name, threat, groups[name], seed))]
         if lacking:
             waiting.append(f"seed {seed}: {', '.join(lacking)}")
         else:
-            found[seed] = [_scores(results, name, threat, groups, seed) for name in names]
+            found[seed] = [_scores(results, name, threat, groups[name], seed) for name in names]
     n = min((len(scores) for each in found.values() for scores in each), default=0)
     pairs = []
     for seed, each in found.items():

@@ -18,7 +18,7 @@ def answer(results: Results, found: Comparison) -> str:
     asked = f"Is {noise}, its noise on, more robust than {control}, in the worst case of each sample at {found.threat}?"
     if found.waiting:
         return f"{asked} **Not answered yet** ({found.waiting}). {RULE}"
-    k, points, verdict = len(found.pairs), f"{100 * found.difference:+.1f} points", found.verdict()
+    k, points, verdict = len(found.pairs), f"{100 * found.difference:+z.1f} points", found.verdict()
     short = {"better": "Yes: the noise helps.", "worse": "No: the noise harms."}.get(
         verdict, "No difference can be claimed."
     )
@@ -30,7 +30,7 @@ def answer(results: Results, found: Comparison) -> str:
     warned = "".join(f" (*{text}*)" for text in results.warnings)
     over = ""
     if interval := found.interval:
-        over = f", 95 % t interval over {k} seeds [{100 * interval[0]:+.1f}, {100 * interval[1]:+.1f}]"
+        over = f", 95 % t interval over {k} seeds [{100 * interval[0]:+z.1f}, {100 * interval[1]:+z.1f}]"
     p = f"McNemar p = {found.p:.2g}" + (f" (smallest of {k} seeds, Holm-corrected)" if k > 1 else ", from one seed")
     return f"{asked} **{short}**{warned}{because} The difference is {points}{over}; {p}. {RULE}"
 

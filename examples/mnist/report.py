@@ -59,7 +59,10 @@ def blocks(results: Results, out: Path) -> list[Block]:
         Text(findings.answer(results, primary)),
         tables.primary_table(results, primary) if primary.pairs else None,
         Heading("Other comparisons"),
-        Text("Every model against the one it started from, and the noise elsewhere: one Holm family, the same rule."),
+        Text(
+            "Every model against its control, which differs from it in one thing, or against the one it started from: "
+            "one Holm family of those with several seeds, the same rule."
+        ),
         tables.family_table(results),
         Heading("The paper's table"),
         Text("The paper says neither the images, nor the steps, nor the scale of the pixels; ours are in [0, 1]."),

@@ -170,6 +170,11 @@ class Results:
             if all(("attack", name, seed, threat, group) in self.cells for name in names for seed in seeds)
         ]
 
+    def counted(self, threat: str, name: str, names: Sequence[str], seeds: Sequence[int]) -> list[str]:
+        """The groups that count for a model beside others: its own gradient's if all have them, and the roundabout."""
+        own = self.common(threat, [name], seeds)
+        return [group for group in own if group in ROUNDABOUT or group in self.common(threat, names, seeds)]
+
     def control(self, name: str) -> str | None:
         """The model that a model is compared with."""
         controls: dict[str, str | None] = self.run.get("controls", {})

@@ -79,7 +79,7 @@ def primary_table(results: Results, comparison: Comparison) -> Table:
     rows = [
         [
             number(pair.seed), number(pair.n, f"{pair.n:,}"), share_cell(pair.first, pair.n),
-            share_cell(pair.second, pair.n), number(pair.difference, f"{100 * pair.difference:+.1f}"),
+            share_cell(pair.second, pair.n), number(pair.difference, f"{100 * pair.difference:+z.1f}"),
             number(pair.p, f"{pair.p:.2g}"),
         ]
         for pair in comparison.pairs
@@ -100,7 +100,7 @@ def family_table(results: Results) -> Table:
         sizes.found[where].update(pair.n for pair in comparison.pairs)
         rows.append([
             Cell(f"{comparison.first} - {comparison.second}"), Cell(where), number(len(comparison.pairs)),
-            number(comparison.difference, f"{100 * comparison.difference:+.1f}"),
+            number(comparison.difference, f"{100 * comparison.difference:+z.1f}"),
             _interval(interval),
             Cell("one seed") if p is None else number(p, f"{p:.2g}"),
             Cell(verdict, strong=verdict in ("better", "worse")),
@@ -112,7 +112,7 @@ def family_table(results: Results) -> Table:
 
 def _interval(found: tuple[float, float] | None) -> Cell:
     """A t interval in points, which sorts by its lower end."""
-    return Cell(f"[{100 * found[0]:+.1f}, {100 * found[1]:+.1f}]", value=found[0]) if found else Cell("one seed")
+    return Cell(f"[{100 * found[0]:+z.1f}, {100 * found[1]:+z.1f}]", value=found[0]) if found else Cell("one seed")
 
 
 def seeds_table(results: Results) -> Table:
