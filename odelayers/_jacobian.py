@@ -237,8 +237,8 @@ def _verify(field: Field, z: Tensor, t: Tensor | float, J: Tensor) -> None:
         bad = _disagreeing_rows(J, v, expected)
         if not bad:
             return
-        declared = hasattr(field.f, "linearize") and linearization(field, z, t) is not None
-        if declared and not _disagreeing_rows(_differentiate(Evaluator(field, len(z)), z, t)[1], v, expected):
+        closed = linearization(field, z, t) is not None
+        if closed and not _disagreeing_rows(_differentiate(Evaluator(field, len(z)), z, t)[1], v, expected):
             raise ValueError(f"jacobian: {field.name}.linearize is not the derivative of the field at rows {bad} of z")
     raise ValueError(
         f"jacobian: rows of z interact inside field {field.name}: f at rows {bad} changes with other rows; look for "

@@ -119,6 +119,14 @@ def test_torchdiffeq_s_assertions_become_solve_errors(method: str) -> None:
     assert caught.value.status == Status.MAX_STEPS
 
 
+@pytest.mark.parametrize("method", ["bosh3", "adaptive_heun", "fehlberg2"])
+def test_a_budget_that_is_short_for_this_method_alone_is_named_as_such(method: str) -> None:
+    """100 steps at 1e-8 are plenty for Dopri5, which is asked which rows failed: then all did, of the budget."""
+    with pytest.raises(SolveError, match="max_num_steps") as caught:
+        ODEBlock(lambda z: -z, solver=TorchDiffEq(method, 1e-8, 1e-8, max_steps=100))(torch.ones(2, 1, dtype=F64))
+    assert (caught.value.rows, caught.value.status) == ((0, 1), Status.MAX_STEPS)
+
+
 def test_implicit_methods_solve_what_explicit_ones_cannot() -> None:
     """Radau and BDF take z' = -1e6 (z - cos t) - sin t to its closed form z = cos t, with the adjoint's gradient."""
 

@@ -17,6 +17,7 @@ from odelayers import (
     Heun,
     ODEBlock,
     SDEBlock,
+    SolveError,
     TorchDiffEq,
     TorchSDE,
     Tsit5,
@@ -105,6 +106,15 @@ def test_the_drift_is_dated_by_the_output_at_which_it_is_seen(lost: float) -> No
     zs = block.solve(z, ts).zs
     with pytest.raises(GradientError, match=rf"the state at s = {lost:g} differs"):
         zs.sum().backward()
+
+
+def test_a_backward_solve_that_fails_says_so_of_the_adjoint() -> None:
+    """z' = -10 z over T = 2 takes 30 steps forwards and over 40 backwards: the error is not the forward solve's."""
+    z = torch.ones(2, 1, dtype=torch.float64, requires_grad=True)
+    block = ODEBlock(lambda z: -10 * z, t1=2.0, solver=Dopri5(1e-6, 1e-6, max_steps=40), gradient=Adjoint(1e300))
+    out = block(z)
+    with pytest.raises(SolveError, match=r"^the adjoint of <lambda> solved by Dopri5.* the step budget was spent"):
+        out.sum().backward()
 
 
 def test_without_the_check_the_contracting_gradient_would_be_wrong() -> None:

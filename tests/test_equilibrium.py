@@ -278,3 +278,12 @@ def test_a_state_may_have_any_shape(shape: tuple[int, ...], solver: Any, gradien
     if len(shape) == 3:
         padded = AugmentedODEBlock(decay, 2, t1=Equilibrium(1e-2, 30.0), solver=solver, keep=False)
         assert torch.allclose(padded(z), solution.final, rtol=0, atol=1e-2)
+
+
+@pytest.mark.parametrize("solver", [RK4(50), Dopri5(), Tsit5()], ids=name)
+def test_an_infinite_start_is_refused_where_the_field_is_finite(solver: Any) -> None:
+    """tanh(inf) = 1 hides it: the row is named at its start, not at the end of the time."""
+    z = torch.tensor([[1.0], [float("inf")]], dtype=F64)
+    with pytest.raises(SolveError) as caught:
+        ODEBlock(lambda z: -torch.tanh(z), solver=solver, t1=Equilibrium(1e-3, 20.0))(z)
+    assert (caught.value.rows, caught.value.status, caught.value.t) == ((1,), Status.NONFINITE, (0.0,))

@@ -141,6 +141,29 @@ def test_without_each_check_a_wrong_gradient_would_pass(check: str) -> None:
     assert isinstance(caught.value, SolveError) == (check == "values of the pair")
 
 
+@pytest.mark.parametrize(
+    ("rate", "steps", "said", "unsaid"),
+    [(-6.5, 100, "states recovered", "coupled solutions"), (3.5, 100, "coupled solutions", "states recovered")],
+    ids=["states", "pair"],
+)
+def test_a_refusal_names_what_failed_and_nothing_else(rate: float, steps: int, said: str, unsaid: str) -> None:
+    """Expanding over T = 3 loses the states and keeps the pair together; contracting does the reverse."""
+    with pytest.raises(GradientError, match=said) as caught:
+        pulled(Reversible(), [rate, rate], RK4(steps), 3.0)
+    assert unsaid not in str(caught.value)
+
+
+def test_a_distance_of_the_pair_costs_nothing_where_gradients_do_not_cancel() -> None:
+    """A field that turns and expands, over three turns: what its steps bring into the pair adds up to 0.2 of a row,
+    twice the limit, but nothing cancels that would lay it bare: the gradient is given, and right to 1 %."""
+    turn = torch.tensor([[0.2, 2.0], [-2.0, 0.2]], dtype=F64)
+    z = torch.ones(1, 2, dtype=F64, requires_grad=True)
+    out = ODEBlock(lambda z: z @ turn, t1=10.0, solver=Euler(400), gradient=Reversible())(z)
+    (found,) = torch.autograd.grad(out.sum(), z)
+    wanted = torch.linalg.matrix_exp(10 * turn).sum(dim=1)
+    assert (found - wanted).norm() < 0.01 * wanted.norm()
+
+
 def test_states_recovered_on_the_way_are_compared_too() -> None:
     """A field that expands by e^20, then contracts by it: the start is recovered, the output between the two is not."""
     f = lambda t, z: torch.where(t < 1, 20.0, -20.0) * z + torch.sin(3 * z)  # noqa: E731

@@ -207,5 +207,5 @@ class _Library(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
         check_cotangent(gradient)
-        found = torch.autograd.grad(ctx.zs, ctx.leaves, gradient, retain_graph=True, allow_unused=True)
+        found = torch.autograd.grad(ctx.zs, ctx.leaves, gradient, retain_graph=True)
         return None, None, *found
