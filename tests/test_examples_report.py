@@ -212,11 +212,12 @@ def test_the_paper_stands_beside_the_same_settings(text):
 def test_a_certificate_in_a_record_is_a_table(tmp_path):
     """What no attack can take away stands in a table of its own, with its interval; without one there is none."""
     out = made_up(tmp_path)
-    assert "Certified accuracy" not in write_report(out).read_text()
+    assert "clean and certified" not in write_report(out).read_text()
     path = out / "records" / "clean-M0-s0-0.json"
     record = json.loads(path.read_text())
-    record["result"]["certified"] = {"0.5": 0.94, "1.0": 0.8}
+    record["result"] |= {"certified": {"0.5": 0.94, "1.0": 0.8}, "lipschitz": 0.98765}
     write(path, record)
-    row = table(write_report(out).read_text(), "Certified accuracy in %")[0]
+    row = table(write_report(out).read_text(), "Accuracy in %, clean and certified")[0]
     low, high = (round(100 * end, 1) for end in wilson(0.94, IMAGES))
     assert row["model"].startswith("M0") and row["L2 0.5"] == f"94.0 [{low}, {high}]" and number(row["L2 1"]) == 80.0
+    assert row["Lipschitz constant"] == "0.9877" and number(row["clean"]) > 80.0

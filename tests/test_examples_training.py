@@ -16,6 +16,8 @@ from examples.mnist.adversary import Adversary
 from examples.mnist.models import Block, Classifier
 from examples.mnist.objective import Objective
 from examples.mnist.penalties import Constraints, LyaNet, SteadyState, Transport
+from examples.mnist.phases import ClippedAdam
+from examples.mnist.presets import PRESETS
 from examples.mnist.recipes import OFFICIAL_TRADES, Effort, further
 from examples.mnist.training import SGD, Adam, Diverged, Phase, train
 from odelayers import ODEBlock
@@ -217,6 +219,24 @@ def test_an_averaged_phase_leaves_the_moving_average_behind() -> None:
     for name, tensor in averaged.state_dict().items():
         expected = 0.75 * first.state_dict()[name] + 0.25 * second.state_dict()[name]
         torch.testing.assert_close(tensor, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_noise_and_its_controls_train_on_gradients_of_norm_one() -> None:
+    """ClippedAdam on (30, 40) leaves (0.6, 0.8), on what is shorter nothing is cut; M4's grid and its controls have it,
+    so that they differ in the noise alone, and the row without it differs from M4 in nothing else."""
+    weight = torch.nn.Parameter(torch.zeros(2))
+    optimiser = ClippedAdam().build([weight], 1e-3)
+    for gradient, cut in (((30.0, 40.0), (0.6, 0.8)), ((0.3, 0.4), (0.3, 0.4))):
+        weight.grad = torch.tensor(gradient)
+        optimiser.step()
+        torch.testing.assert_close(weight.grad, torch.tensor(cut))
+    rows = {model.name: model for model in PRESETS["full"].models}
+    noisy = [row for name, row in rows.items() if row.block.kind in ("sde", "random_time") and row.phases]
+    noisy += [rows[row.control] for row in noisy if row.control]
+    phases = {row.name: row.phases for row in noisy}
+    unclipped = phases.pop("M4-unclipped")
+    assert set(phases.values()) == {(replace(unclipped[0], optimiser=ClippedAdam()),)}
+    assert unclipped[0].optimiser == Adam() and rows["M4-unclipped"].block == rows["M4"].block
 
 
 def test_a_constant_rate_is_the_phase_s() -> None:

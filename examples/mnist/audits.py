@@ -9,7 +9,7 @@ from .document import Cell, Table
 from .records import Record
 from .results import NOT_PLANNED, Results, mean, seconds_of
 from .scores import Scores
-from .tables import Sizes, model_cell, number, share_cell
+from .tables import Sizes, model_cell, number, score, share_cell
 
 __all__ = ["certified_table", "constraints_table", "cost_table", "fields", "probes_table"]
 
@@ -136,7 +136,7 @@ def cost_table(results: Results) -> Table:
             if n == name
             for attack in record.result["attacks"].values()
         ]
-        result = trained[0].result
+        result, last = trained[0].result, [line for record in trained for line in record.result["epochs"][-1:]]
         rows.append([
             model_cell(results, name),
             number(len(trained)),
@@ -145,7 +145,7 @@ def cost_table(results: Results) -> Table:
             _mean([record.result["validation"] for record in trained], "{:.2f}", 100),
             _mean([seconds_of(record) for record in trained], "{:,.1f}"),
             _mean([record["nfe"] for record in clean], "{:g}"),
-            _mean([record.result["epochs"][-1].get("nfe_backward", 0) for record in trained], "{:g}"),
+            _mean([line.get("nfe_backward", 0) for line in last], "{:g}"),
             _mean([record["milliseconds_128"] for record in clean], "{:,.1f}"),
             _mean([sum(attack["seconds"] for attack in attacks) / len(trained)] if attacks else [], "{:,.1f}"),
             _mean([sum(attack["queries"] for attack in attacks) / len(trained)] if attacks else [], "{:,.0f}"),

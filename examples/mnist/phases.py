@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils import clip_grad_norm_
 
 from .adversary import Adversary
 from .penalties import Penalty
 
-__all__ = ["SGD", "Adam", "Phase"]
+__all__ = ["SGD", "Adam", "ClippedAdam", "Phase"]
 
 TRAINS = ("all", "block", "head")
 
@@ -25,6 +27,23 @@ class Adam:
     def build(self, weights: list[Tensor], lr: float) -> torch.optim.Optimizer:
         """The optimiser of these weights."""
         return torch.optim.Adam(weights, lr, eps=self.eps, amsgrad=self.amsgrad)
+
+
+@dataclass(frozen=True)
+class ClippedAdam(Adam):
+    """Adam on gradients cut down to a norm of at most `norm`."""
+
+    norm: float = 1.0
+
+    def build(self, weights: list[Tensor], lr: float) -> torch.optim.Optimizer:
+        """The optimiser of these weights."""
+
+        def cut(*_: Any) -> None:
+            clip_grad_norm_(weights, self.norm)
+
+        optimiser = super().build(weights, lr)
+        optimiser.register_step_pre_hook(cut)
+        return optimiser
 
 
 @dataclass(frozen=True)

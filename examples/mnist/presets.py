@@ -7,7 +7,7 @@ from typing import Any
 
 from .attacks import PGD, SPSA, AutoAttack, Method, SimBA, Square, Threat, Transfer
 from .models import Block
-from .recipes import Effort, Model, cycle, further, sodef
+from .recipes import Effort, Model, cycle, from_sodef, further, sodef
 
 __all__ = ["PRESETS", "Group", "Model", "Preset", "Probe", "Suite"]
 
@@ -118,7 +118,7 @@ def _models(
     and order of samples.
     """
     ode, noise, quiet = Block("ode"), Block("sde", p=0.1), Block("sde", p=0.0)
-    first, more = (cycle("all", features, 3e-3),), (cycle("block", longer),)
+    first, more = (cycle("all", features, 3e-3),), from_sodef(longer)
     return (
         Model("M0", "features + head", Block("none"), None, first, seeds=max(seeds, others)),
         Model("M1", "plain ODE", ode, "M0", sodef(fresh, lr=1e-3), seeds=others),

@@ -9,9 +9,9 @@ from .adversary import PGD, TRADES, Adversary
 from .certified import Recipe
 from .models import SOLVED, Block
 from .penalties import Constraints, LyaNet, Penalty, SteadyState, Transport
-from .phases import SGD, Adam, Phase
+from .phases import SGD, Adam, ClippedAdam, Phase
 
-__all__ = ["OFFICIAL_TRADES", "Effort", "Model", "cycle", "further", "sodef"]
+__all__ = ["OFFICIAL_TRADES", "Effort", "Model", "cycle", "from_sodef", "further", "sodef"]
 
 
 @dataclass(frozen=True)
@@ -112,6 +112,16 @@ def sodef(epochs: tuple[int, int, int], lr: float = 1e-2) -> tuple[Phase, ...]:
     return cycle("block", block, lr), cycle("all", whole), cycle("block", again)
 
 
+def from_sodef(epochs: int) -> tuple[Phase, ...]:
+    """The block trained on from M3, with noise or, in the controls, without: one recipe for both.
+
+    A gradient that has come back through the noise has heavy tails: its median is fifty times the control's, its
+    largest ten thousand times. Where it was not cut down, three of five seeds lost 1 to 13 points of validation
+    accuracy and the constraints with them, and no seed of the control lost any.
+    """
+    return (replace(cycle("block", epochs), optimiser=ClippedAdam()),)
+
+
 def _heads(effort: Effort) -> tuple[Model, ...]:
     """M3 under other heads: fixed and orthogonal, fixed and random, and trained with the block."""
     return tuple(
@@ -141,7 +151,11 @@ def _noise(effort: Effort) -> tuple[Model, ...]:
     keep 0.9 in Ito's reading is the primary comparison's M4, which the presets have. "reversible" is the paper's pair,
     reversible Heun and its exact adjoint, unstable on contracting fields: it may end as diverged.
     """
-    more = (cycle("block", effort.longer),)
+    more = from_sodef(effort.longer)
+    unclipped = Model(
+        "M4-unclipped", "SODEF_0.9, gradients not clipped", Block("sde", p=0.1), "M3", (cycle("block", effort.longer),),
+        regularised=True, control="M4",
+    )  # fmt: skip
     grid = []
     for keep in KEEP:
         for reading, method in READINGS.items():
@@ -160,7 +174,7 @@ def _noise(effort: Effort) -> tuple[Model, ...]:
         )
         for model in grid
     ]  # fmt: skip
-    return tuple(model for model in (*controls, *grid, *off) if model.name != "M4")
+    return tuple(model for model in (*controls, *grid, unclipped, *off) if model.name != "M4")
 
 
 def _fields(effort: Effort) -> tuple[Model, ...]:

@@ -34,7 +34,8 @@ T = 10, Adam on batches of 128, the block, then the whole net, then the block. I
 rises and falls (one cycle), that of the official code where the regulariser meets fresh weights, a fixed regular
 simplex as head, the official code's constants and column sums in the regulariser, and gradients by backpropagation
 through the steps. M2 follows the official code. The noisy model and its control start from the same SODEF and differ
-in p alone: same solver, steps and order of samples. Every model is scored on the test images after its training alone.
+in p alone: same solver, steps, order of samples and recipe; both cut their gradients to norm 1, as those that come
+back through the noise have heavy tails. Every model is scored on the test images after its training alone.
 """
 
 
@@ -178,6 +179,8 @@ def _phase(phase: dict[str, Any]) -> str:
     text = f"{phase['epochs']} x {phase['trains']} at {phase['lr']:g}"
     if (batch := phase["batch"]) != 128:
         text += f", batches of {batch}"
+    if norm := phase["optimiser"].get("norm"):
+        text += f", gradients cut to norm {norm:g}"
     if penalty := phase["penalty"]:
         text += f", penalty {penalty.get('kind', '')} " + " ".join(
             f"{k} {v:g}" for k, v in penalty.items() if k != "kind"
