@@ -22,6 +22,7 @@ from .cells import Cell, needs
 from .certified import CertifiedClassifier
 from .data import Dataset, Split
 from .evaluation import Victim, attack_cell, clean_cell, craft, judge, probe_cell, spectrum_cell, stability
+from .features import fold
 from .models import DIM, Classifier, attacked
 from .plane import plane_cell
 from .presets import Preset
@@ -132,7 +133,8 @@ class Study:
         model.load_state_dict(self._weights(self.trained[name, seed]))
         if isinstance(getattr(model.block, "gradient", None), Reversible):  # an attack may follow a wrong gradient
             model.block.gradient = Reversible(max_gap=1e30, max_drift=1e30)
-        return model.eval().requires_grad_(False)
+        fold(model.eval())
+        return model.requires_grad_(False)
 
     def _clean(self, cell: Cell, config: dict[str, Any]) -> Compute:
         config["draws"] = draws = self.preset.suite.judging_draws
