@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -87,6 +89,39 @@ def test_a_model_that_diverged_takes_its_descendants_with_it_and_nothing_else(di
         trained = cell["model"] == "M3" and cell["kind"] == "train"
         lost = cell["model"] in ("M3", "M4", "M5") and not trained
         assert (cell["file"] is None) == lost and bool(cell["lost"]) == lost, cell
+
+
+WORKING = """
+import time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from examples.mnist.runner import _begin
+if __name__ == "__main__":
+    pool = ProcessPoolExecutor(1, get_context("spawn"), _begin, (object,))
+    pool.submit(time.sleep, 600)
+    while not pool._processes:
+        time.sleep(0.02)
+    print(*pool._processes, flush=True)
+    time.sleep(600)
+"""
+
+
+def test_the_processes_of_a_run_that_is_killed_end_with_it(tmp_path):
+    """After SIGKILL nobody is left to stop them, and they would go on with their cells for minutes or hours."""
+    script = tmp_path / "working.py"
+    script.write_text(WORKING)
+    root = Path(__file__).parents[1]
+    command, environment = [sys.executable, str(script)], {**os.environ, "PYTHONPATH": str(root)}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment, cwd=root) as parent:
+        child = int(parent.stdout.readline())
+        os.kill(child, 0)  # it is there
+        parent.kill()
+    for _ in range(300):
+        if not Path(f"/proc/{child}").exists() or "Z" in Path(f"/proc/{child}/stat").read_text().split()[2]:
+            return
+        time.sleep(0.1)
+    os.kill(child, signal.SIGKILL)
+    pytest.fail("the process outlived its run by half a minute")
 
 
 @pytest.mark.slow

@@ -7,8 +7,9 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from contextlib import suppress
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import torch.distributed as dist
@@ -184,8 +185,15 @@ _study: Study  # of this process
 
 def _begin(make: Make) -> None:
     global _study
+    Thread(target=_end_with, args=(parent_process(),), daemon=True).start()
     os.environ["TQDM_DISABLE"] = "1"  # the bars of several processes would write over each other
     _study = make()
+
+
+def _end_with(parent: Any) -> None:
+    """A run that is killed cannot stop its processes, which would work on unseen: they end with it."""
+    parent.join()
+    os._exit(1)  # records are written whole or not at all
 
 
 def _do(cell: Cell) -> Record:
