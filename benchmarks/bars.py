@@ -2,9 +2,10 @@
 
 Each bar sets a row of a table against another of the same case; those of memory set a row's growth with time against a
 number, beside the growth of the gradient that keeps every step. Nine tenths of a bar count as within a tenth. Beside
-what was found stands what the bare field alone would have reached, evaluated as often as the row does, and the errors
-of both rows; where that of the row is the larger, the verdict says so. It reads what the benchmarks have written and
-measures nothing; a row that a table lacks is reported as not measured.
+what was found stands what the bare field alone would have reached, evaluated as often as the row does (there is no such
+number where a gradient evaluates again), and the errors of both rows; where that of the row is the larger, the verdict
+says so. It reads what the benchmarks have written and measures nothing; a row that a table lacks is reported as not
+measured.
 """
 
 from __future__ import annotations
@@ -127,7 +128,7 @@ def judged(out: Path, device: str) -> Iterator[dict[str, Any]]:
         errors = tuple(None if x is None else x["error"] for x in (row, peer))
         if row and peer:
             found = row["ratio"] / peer["ratio"] if bar.at_most else peer["ratio"] / row["ratio"]
-        if row and peer and bare and peer is not bare:
+        if row and peer and bare and peer is not bare and row["nfe"] <= bare["nfe"]:
             floor = peer["ratio"] / (bare["ratio"] * row["nfe"] / bare["nfe"])
         said = verdict(found, bar.factor, bar.at_most) + (", at a larger error" if larger(*errors) else "")
         yield {**bar._asdict(), "found": found, "bare": floor, "errors": errors, "verdict": said}
