@@ -30,6 +30,7 @@ from odelayers import (
     count_nfe,
     jacobian,
 )
+from odelayers._solvers import Programs
 
 F64 = torch.float64
 SOLVERS = [Euler(5), Midpoint(5), Heun(5), RK4(5), Dopri5(1e-6, 1e-6), Tsit5(1e-6, 1e-6)]
@@ -83,15 +84,25 @@ def test_states_and_gradients_are_the_eager_ones(solver: Any) -> None:
 
 @compiled
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("solver", [RK4(3), Dopri5(1e-4, 1e-4)], ids=lambda s: type(s).__name__)
-def test_the_compiled_gradient_passes_gradcheck(solver: Any) -> None:
-    """Against finite differences; step control off, whose part no gradient has."""
-    f = MLP(2, (4,)).double()
-    block = ODEBlock(f, t1=0.2, solver=solver, compile=True)
-    z = torch.randn(2, 2, dtype=F64, requires_grad=True)
-    assert block.solve(z).stats.rejected == 0
+@pytest.mark.parametrize("times", ["one end", "an end for each", "outputs", "backwards"])
+@pytest.mark.parametrize("solver", [RK4(3), Dopri5(1e-9, 1e-9)], ids=lambda s: type(s).__name__)
+def test_every_compiled_gradient_passes_gradcheck(solver: Any, times: str) -> None:
+    """The scan, and the step with and without outputs inside it: in start, context, end times and parameters.
+
+    The tolerance is far below what finite differences see of the part that no gradient has, of the step size.
+    """
+    f, z, push = Timed(), *torch.randn(2, 2, 3, dtype=F64)
+    block = ODEBlock(f, solver=solver, time=True, compile=True)
+    t1 = torch.tensor([0.2, 0.3], dtype=F64) if times == "an end for each" else torch.tensor(0.3, dtype=F64)
+    ts = {"outputs": [0.0, 0.11, 0.2, 0.3], "backwards": [0.3, 0.17, -0.1]}.get(times)
+    inputs = [z.requires_grad_(), push.requires_grad_(), *([] if ts else [t1.requires_grad_()]), *f.parameters()]
+
+    def run(z: Tensor, push: Tensor, *others: Tensor) -> Tensor:  # the parameters are changed where they are
+        return block.solve(z, ts, t1=None if ts else others[0], context=push).zs[1:]
+
     with functorch_config.patch(donated_buffer=False):  # gradcheck takes one backward pass again and again
-        assert torch.autograd.gradcheck(block, z, atol=1e-6)
+        assert torch.autograd.gradcheck(run, inputs, atol=1e-6)
+    assert isinstance(block._programs, Programs) and set(block._programs._calls.values()) == {True}
 
 
 @compiled
