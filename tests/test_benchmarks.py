@@ -8,21 +8,23 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 # The largest error that a row may have: of tolerance and method, known beforehand, and far from that of a wrong answer.
 TABLES = {"fixed_grid": 1e-3, "sde": 0.1, "stiffness_spread": 1e-3}
 
 
-def run(name: str, out: Path, *, without: tuple[str, ...] = ()) -> dict[str, object]:
+def run(name: str, out: Path, *, without: tuple[str, ...] = (), device: str = "cpu") -> dict[str, object]:
     """One turn of a benchmark in a process of its own, where the peers `without` cannot be imported."""
     code = f"import sys, runpy; sys.modules.update(dict.fromkeys({without!r})); sys.argv = sys.argv[1:]; "
     code += "sys.path.insert(0, str(__import__('pathlib').Path(sys.argv[0]).parent)); "
     code += "runpy.run_path(sys.argv[0], run_name='__main__')"
-    script = [str(BENCHMARKS / f"{name}.py"), "--rounds", "1", "--out", str(out), "--device", "cpu"]
+    script = [str(BENCHMARKS / f"{name}.py"), "--rounds", "1", "--out", str(out), "--device", device]
     done = subprocess.run([sys.executable, "-c", code, *script], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    return json.loads((out / f"{name}.json").read_text()) | {"printed": done.stdout}
+    (written,) = out.glob(f"{name}.json" if device == "cpu" else f"{name}-*.json")
+    return json.loads(written.read_text()) | {"printed": done.stdout, "file": written.stem}
 
 
 @pytest.mark.slow
@@ -41,6 +43,15 @@ def test_a_peer_that_is_not_installed_is_reported(tmp_path: Path) -> None:
     table = run("fixed_grid", tmp_path, without=absent)
     assert {row["name"].split()[0] for row in table["rows"]} == {"odelayers", "torchdiffeq", "bare"}
     assert all(f"- {peer}, not installed: " in table["printed"] for peer in absent)
+
+
+@pytest.mark.slow
+@pytest.mark.cuda
+def test_on_a_gpu_a_table_bears_its_name(tmp_path: Path) -> None:
+    """The rows run there, are as right as on the CPU, and land in files of the GPU's own."""
+    table, gpu = run("fixed_grid", tmp_path, device="cuda"), torch.cuda.get_device_name()
+    assert gpu in table["machine"]["device"] and gpu.split()[-1].split("-")[0].lower() in table["file"]
+    assert all(row["error"] < TABLES["fixed_grid"] for row in table["rows"] if row["name"] != "bare field")
 
 
 def test_the_bars_say_reached_only_where_it_is_so(tmp_path: Path) -> None:

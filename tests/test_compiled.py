@@ -34,6 +34,7 @@ from odelayers._solvers import Programs
 
 F64 = torch.float64
 SOLVERS = [Euler(5), Midpoint(5), Heun(5), RK4(5), Dopri5(1e-6, 1e-6), Tsit5(1e-6, 1e-6)]
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]
 compiled = pytest.mark.compiled
 pytestmark = [  # what torch.compile says to itself
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"),
@@ -65,12 +66,12 @@ def fresh() -> Any:
 
 @compiled
 @pytest.mark.timeout(600)
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("solver", SOLVERS, ids=lambda s: type(s).__name__)
-def test_states_and_gradients_are_the_eager_ones(solver: Any) -> None:
+def test_states_and_gradients_are_the_eager_ones(solver: Any, device: str) -> None:
     """To z0, parameters, context and an end time for each sample, with the same evaluations and steps."""
-    f, z, push = Timed(), torch.randn(4, 3, dtype=F64, requires_grad=True), torch.randn(4, 3, dtype=F64)
-    push.requires_grad_()
-    t1 = torch.tensor([0.5, 1.0, 2.0, 3.0], dtype=F64, requires_grad=True)
+    f, t1 = Timed().to(device), torch.tensor([0.5, 1.0, 2.0, 3.0], dtype=F64, requires_grad=True)
+    z, push = (x.to(device).requires_grad_() for x in torch.randn(2, 4, 3, dtype=F64))
     found = []
     for block in pair(f, solver=solver, time=True):
         solution = block.solve(z, t1=t1, context=push)
@@ -107,10 +108,11 @@ def test_every_compiled_gradient_passes_gradcheck(solver: Any, times: str) -> No
 
 @compiled
 @pytest.mark.timeout(600)
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("t1", [6.0, -1.5, torch.tensor([6.0, 1.0, 5.0, 0.0, -1.0], dtype=F64)], ids=str)
-def test_inference_as_one_loop_takes_the_eager_steps(t1: float | Tensor) -> None:
+def test_inference_as_one_loop_takes_the_eager_steps(t1: float | Tensor, device: str) -> None:
     """Forwards, backwards and to a time of each sample's own, with steps rejected: states and counts of the march."""
-    f, z = MLP(3, (8,)).double(), 3 * torch.randn(5, 3, dtype=F64)
+    f, z = MLP(3, (8,)).double().to(device), 3 * torch.randn(5, 3, dtype=F64).to(device)
     found = []
     for block in pair(f, solver=Dopri5(1e-8, 1e-8, first_step=1.0)):
         with torch.no_grad(), count_nfe(block) as count:
