@@ -108,7 +108,7 @@ def test_every_bar_that_is_not_reached_has_its_reason() -> None:
     explained = {(row[0], row[1]) for row in cells}
     bars = json.loads((ROOT / "benchmarks" / "results" / "bars.json").read_text())["bars"]
     missed = {(bar["case"], bar["peer"]) for bar in bars if bar["verdict"] != "reached"}
-    assert missed and missed <= explained
+    assert bars and missed <= explained
 
 
 @pytest.mark.parametrize("name", MODULES)
