@@ -72,7 +72,8 @@ $(VENV)/.%: $(VENV)/.torch pyproject.toml
 	touch $@
 
 # The peers of the benchmarks. torchdyn comes without what it asks for: torchvision, a trainer and a notebook, of which
-# its integrators use nothing; what they do use stands in the extra.
-$(VENV)/.peers: $(VENV)/.bench
-	$(INSTALL) --no-deps torchdyn
-	touch $@
+# its integrators use nothing; what they do use stands in the extra. Where they do not all install each is tried alone:
+# one that does not install stops nothing, is named under the tables, and is tried again by the next `make bench`.
+$(VENV)/.peers: $(VENV)/.examples
+	if $(INSTALL) --editable '.[bench]' && $(INSTALL) --no-deps torchdyn; then touch $@; else \
+	  for peer in torchode diffrax torchcde attrs '--no-deps torchdyn'; do $(INSTALL) $$peer || true; done; fi

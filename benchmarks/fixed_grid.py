@@ -4,7 +4,7 @@ A 64-dimensional sine field, batch 128, t in [0, 5], float32. torchdiffeq's rk4 
 have no method of order four at fixed steps and get the classical tableau. The error is of the final state (the largest
 of an entry), or of the gradient with respect to parameters and initial state (relative), against a float64 solve by
 torchdiffeq at 1e-12: nearly all of it is that of the method. The floor is the eager field alone, evaluated as often in
-one chain.
+one chain; beside it stands that chain as one program of torch.compile.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 
 import torch
-from forward_backward import DIM, T1, Sine
+from forward_backward import BARE, DIM, T1, Sine
 from harness import Run, arguments, compare, largest, missing, parser, publish
 from peers import Solve, bare, forward, gradients, no_graph, odeint, rk4, training
 from torch import Tensor, nn
@@ -54,7 +54,8 @@ def main() -> None:
     ahead = {name: forward(f, z, s) for name, s in solves.items() if not name.endswith(once)}
     ahead |= jax_forward
     both = {name: training(f, z, s) for name, s in solves.items()} | jax_training
-    ahead["bare field"], both["bare field"] = bare(forward, f, z, 4 * STEPS), bare(training, f, z, 4 * STEPS)
+    ahead |= {name: bare(forward, f, z, 4 * STEPS, **how) for name, how in BARE.items()}
+    both |= {name: bare(training, f, z, 4 * STEPS, **how) for name, how in BARE.items()}
     table = [
         *compare("forward", ahead, no_graph(precise, exact_z), args.rounds, largest),
         *compare("forward+backward", both, gradients(exact_f, exact_z, precise), args.rounds),

@@ -62,8 +62,10 @@ def training(f: nn.Module, z: Tensor, solve: Solve) -> Run:
     return Run(go, partial(counted, solve, go) if isinstance(solve, ODEBlock) else partial(evaluations, f, go))
 
 
-def bare(make: Callable[[nn.Module, Tensor, Solve], Run], f: nn.Module, z: Tensor, nfe: float) -> Run:
-    """The floor: the eager field alone, one chain z -> f(z) of `nfe` evaluations; it solves nothing."""
+def bare(
+    make: Callable[[nn.Module, Tensor, Solve], Run], f: nn.Module, z: Tensor, nfe: float, *, compiled: bool = False
+) -> Run:
+    """The floor: the field of torch alone, one chain z -> f(z) of `nfe` evaluations; it solves nothing."""
     t = z.new_zeros(())
 
     def chain(z: Tensor) -> Tensor:
@@ -71,7 +73,7 @@ def bare(make: Callable[[nn.Module, Tensor, Solve], Run], f: nn.Module, z: Tenso
             z = f(t, z)
         return z
 
-    return Run(make(f, z, chain).go, lambda: (nfe, None))
+    return Run(make(f, z, torch.compile(chain) if compiled else chain).go, lambda: (nfe, None))
 
 
 def _span(t1: float, z: Tensor, points: int = 2) -> Tensor:

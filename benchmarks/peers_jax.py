@@ -43,6 +43,23 @@ def sine(t: Any, y: jax.Array, weights: Weights) -> jax.Array:
     return jnp.sin(-(y @ W.T + b))
 
 
+def conv_field(t: Any, y: jax.Array, weights: Weights) -> jax.Array:
+    """`ConvField` of up to 32 channels, each of which is a group: norm, then four times ReLU, convolution, norm."""
+
+    def norm(y: jax.Array, weight: jax.Array, bias: jax.Array) -> jax.Array:
+        centred = y - y.mean((2, 3), keepdims=True)
+        scale = jax.lax.rsqrt((centred**2).mean((2, 3), keepdims=True) + 1e-5)  # torch's epsilon
+        return centred * scale * weight[:, None, None] + bias[:, None, None]
+
+    y = norm(y, *weights[:2])
+    for i in range(2, len(weights), 3):
+        kernel, weight, bias = weights[i : i + 3]
+        dimensions = ("NCHW", "OIHW", "NCHW")
+        y = jax.lax.conv_general_dilated(jax.nn.relu(y), kernel, (1, 1), "SAME", dimension_numbers=dimensions)
+        y = norm(y, weight, bias)
+    return y
+
+
 def _array(x: Tensor) -> jax.Array:
     return jnp.asarray(x.detach().cpu().numpy())
 

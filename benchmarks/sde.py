@@ -9,7 +9,8 @@ its own too. What is timed draws its own noise; what is checked runs on one give
 - Reversible Heun (Stratonovich, one Wiener process a row): the gradient with respect to parameters and initial state,
   against the exact one. Such an equation is the ODE z' = f(z) run to the random time T + sigma W_T of each row.
 
-torchsde's path is told the step size: without it some of its queries do not end.
+torchsde's path is told the step size: without it some of its queries do not end. The floor is the eager field alone,
+evaluated as often as the first row does in one chain; it draws nothing.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ import torchdiffeq
 import torchsde
 from forward_backward import Sine
 from harness import Row, Run, arguments, compare, parser, publish
-from peers import gradients
+from peers import bare, forward, gradients, training
 from torch import Tensor, nn
 
 from odelayers import Backprop, Checkpoint, DropoutSDEBlock, EulerMaruyama, Reversible, ReversibleHeun, SDEBlock
@@ -140,6 +141,7 @@ def euler_maruyama(f: Sine, z: Tensor, rounds: int) -> list[Row]:
             "torchsde euler": torchsde_solve(f, steps, "euler", "ito", "diagonal"),
         }
         runs = {name: run(f, solve, go, paths[steps].float()) for name, solve in solves.items()}
+        runs["bare field"] = bare(forward, f, z, steps)
         table += compare(f"Euler-Maruyama forward, {steps} steps", runs, exact, rounds)
     return table
 
@@ -169,6 +171,7 @@ def reversible_heun(f: Sine, z: Tensor, rounds: int, steps: int = 90) -> list[Ro
         ),
     }
     runs = {name: run(f, solve, partial(gradients, f, z), path.float()) for name, solve in solves.items()}
+    runs["bare field"] = bare(training, f, z, steps + 1)
     exact = exact_gradient(copy.deepcopy(f).double(), z.double(), path)
     return compare(f"reversible Heun forward+backward, {steps} steps", runs, exact, rounds)
 

@@ -30,9 +30,11 @@ from odelayers import (
     count_nfe,
     jacobian,
 )
+from odelayers._solvers import Programs
 
 F64 = torch.float64
 SOLVERS = [Euler(5), Midpoint(5), Heun(5), RK4(5), Dopri5(1e-6, 1e-6), Tsit5(1e-6, 1e-6)]
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]
 compiled = pytest.mark.compiled
 pytestmark = [  # what torch.compile says to itself
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"),
@@ -64,12 +66,12 @@ def fresh() -> Any:
 
 @compiled
 @pytest.mark.timeout(600)
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("solver", SOLVERS, ids=lambda s: type(s).__name__)
-def test_states_and_gradients_are_the_eager_ones(solver: Any) -> None:
+def test_states_and_gradients_are_the_eager_ones(solver: Any, device: str) -> None:
     """To z0, parameters, context and an end time for each sample, with the same evaluations and steps."""
-    f, z, push = Timed(), torch.randn(4, 3, dtype=F64, requires_grad=True), torch.randn(4, 3, dtype=F64)
-    push.requires_grad_()
-    t1 = torch.tensor([0.5, 1.0, 2.0, 3.0], dtype=F64, requires_grad=True)
+    f, t1 = Timed().to(device), torch.tensor([0.5, 1.0, 2.0, 3.0], dtype=F64, requires_grad=True)
+    z, push = (x.to(device).requires_grad_() for x in torch.randn(2, 4, 3, dtype=F64))
     found = []
     for block in pair(f, solver=solver, time=True):
         solution = block.solve(z, t1=t1, context=push)
@@ -83,23 +85,34 @@ def test_states_and_gradients_are_the_eager_ones(solver: Any) -> None:
 
 @compiled
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("solver", [RK4(3), Dopri5(1e-4, 1e-4)], ids=lambda s: type(s).__name__)
-def test_the_compiled_gradient_passes_gradcheck(solver: Any) -> None:
-    """Against finite differences; step control off, whose part no gradient has."""
-    f = MLP(2, (4,)).double()
-    block = ODEBlock(f, t1=0.2, solver=solver, compile=True)
-    z = torch.randn(2, 2, dtype=F64, requires_grad=True)
-    assert block.solve(z).stats.rejected == 0
+@pytest.mark.parametrize("times", ["one end", "an end for each", "outputs", "backwards"])
+@pytest.mark.parametrize("solver", [RK4(3), Dopri5(1e-9, 1e-9)], ids=lambda s: type(s).__name__)
+def test_every_compiled_gradient_passes_gradcheck(solver: Any, times: str) -> None:
+    """The scan, and the step with and without outputs inside it: in start, context, end times and parameters.
+
+    The tolerance is far below what finite differences see of the part that no gradient has, of the step size.
+    """
+    f, z, push = Timed(), *torch.randn(2, 2, 3, dtype=F64)
+    block = ODEBlock(f, solver=solver, time=True, compile=True)
+    t1 = torch.tensor([0.2, 0.3], dtype=F64) if times == "an end for each" else torch.tensor(0.3, dtype=F64)
+    ts = {"outputs": [0.0, 0.11, 0.2, 0.3], "backwards": [0.3, 0.17, -0.1]}.get(times)
+    inputs = [z.requires_grad_(), push.requires_grad_(), *([] if ts else [t1.requires_grad_()]), *f.parameters()]
+
+    def run(z: Tensor, push: Tensor, *others: Tensor) -> Tensor:  # the parameters are changed where they are
+        return block.solve(z, ts, t1=None if ts else others[0], context=push).zs[1:]
+
     with functorch_config.patch(donated_buffer=False):  # gradcheck takes one backward pass again and again
-        assert torch.autograd.gradcheck(block, z, atol=1e-6)
+        assert torch.autograd.gradcheck(run, inputs, atol=1e-6)
+    assert isinstance(block._programs, Programs) and set(block._programs._calls.values()) == {True}
 
 
 @compiled
 @pytest.mark.timeout(600)
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("t1", [6.0, -1.5, torch.tensor([6.0, 1.0, 5.0, 0.0, -1.0], dtype=F64)], ids=str)
-def test_inference_as_one_loop_takes_the_eager_steps(t1: float | Tensor) -> None:
+def test_inference_as_one_loop_takes_the_eager_steps(t1: float | Tensor, device: str) -> None:
     """Forwards, backwards and to a time of each sample's own, with steps rejected: states and counts of the march."""
-    f, z = MLP(3, (8,)).double(), 3 * torch.randn(5, 3, dtype=F64)
+    f, z = MLP(3, (8,)).double().to(device), 3 * torch.randn(5, 3, dtype=F64).to(device)
     found = []
     for block in pair(f, solver=Dopri5(1e-8, 1e-8, first_step=1.0)):
         with torch.no_grad(), count_nfe(block) as count:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import doctest
 import importlib
+import json
 import pkgutil
 import re
 from pathlib import Path
@@ -98,6 +99,16 @@ def test_the_table_of_legal_pairs_is_that_of_the_code(solver: str, gradient: str
     else:
         with pytest.raises(ValueError, match=gradient):
             build()
+
+
+def test_every_bar_that_is_not_reached_has_its_reason() -> None:
+    """The page on performance says of each, by its case and its peer, what was tried and why it stops there."""
+    text = (ROOT / "docs" / "performance.md").read_text().split("### Bars that are not reached")[1].split("\n## ")[0]
+    cells = [[cell.strip(" `") for cell in line.split("|")[1:-1]] for line in text.splitlines() if line[:1] == "|"]
+    explained = {(row[0], row[1]) for row in cells}
+    bars = json.loads((ROOT / "benchmarks" / "results" / "bars.json").read_text())["bars"]
+    missed = {(bar["case"], bar["peer"]) for bar in bars if bar["verdict"] != "reached"}
+    assert bars and missed <= explained
 
 
 @pytest.mark.parametrize("name", MODULES)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -65,6 +67,35 @@ def test_a_fixed_grid_touches_no_host_number_while_a_graph_is_captured(
             if recording:
                 found.sum().backward()
     assert torch.equal(found, expected) and (traffic.made, traffic.read) == (0, 0)
+
+
+def waits(run: Callable[[], Any]) -> int:
+    """How often a run makes the host wait for the GPU, by torch's own account."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            run()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    return sum("called a synchronizing CUDA operation" in str(w.message) for w in caught)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("recording", [True, False])
+@pytest.mark.parametrize("solver", [*(cls(steps=3) for cls in FIXED), *(cls(1e-3, 1e-3) for cls in ADAPTIVE)], ids=name)
+def test_steps_wait_for_the_gpu_where_step_control_reads_and_nowhere_else(solver: Any, recording: bool) -> None:
+    """The same on a GPU, where whatever waits is counted: 40 steps of a grid as often as 3, step control once a try."""
+    more = replace(solver, **({"steps": 40} if hasattr(solver, "steps") else {"rtol": 1e-9, "atol": 1e-9}))
+    found, z = [], torch.randn(3, 2, dtype=torch.float64, device="cuda")
+    for each in (solver, more):
+        block = ODEBlock(torch.cos, solver=each, time=False)
+        with torch.set_grad_enabled(recording):
+            stats = block.solve(z).stats
+            tries = 0 if hasattr(solver, "steps") else stats.accepted + stats.rejected
+            found.append(waits(lambda: block(z)) - tries)  # noqa: B023  (run at once)
+    assert found[0] == found[1]
+    assert waits(lambda: z.sum().item()) == 1  # control: a wait is seen
 
 
 @pytest.mark.cuda

@@ -88,6 +88,22 @@ def test_autocast_reaches_the_field_alone(solver: RK4 | Heun, device: str) -> No
         assert torch.equal(cast, block(z))
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+@pytest.mark.parametrize("solver", [RK4(4), Dopri5()], ids=name)
+def test_a_solve_under_autocast_is_that_of_float32_to_the_field_s_rounding(solver: Any, device: str) -> None:
+    """A field of matrix products is cast, the state and the gradients stay in float32."""
+    f = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 8)).to(device)
+    block, z, found = ODEBlock(f, solver=solver), torch.randn(4, 8).to(device), []
+    for low in (True, False):
+        with torch.autocast(device, torch.bfloat16, enabled=low):
+            out = block(z)
+        assert out.dtype == torch.float32
+        found.append([out, *torch.autograd.grad(out.square().sum(), f.parameters())])
+    for cast, full in zip(*found, strict=True):
+        assert cast.dtype == torch.float32
+        assert 0 < (cast - full).norm() < 8 * torch.finfo(torch.bfloat16).eps * full.norm()
+
+
 @pytest.mark.parametrize("method", ["heun", "midpoint", "reversible_heun"])
 def test_a_stratonovich_block_on_torchsde_runs_without_noise(method: str) -> None:
     """In evaluation the block is the ODE, whichever reading its method has."""
