@@ -10,7 +10,7 @@ from scipy.stats import binomtest
 
 from examples.mnist import data
 from examples.mnist.attacks import input_gradient
-from examples.mnist.models import Block, Classifier, attacked, surrogate
+from examples.mnist.models import QUIET, Block, Classifier, attacked, surrogate
 from examples.mnist.scores import Scores, holm, mcnemar, wilson, worst
 from odelayers import Adjoint, Backprop, GradientError, ODEBlock
 
@@ -66,6 +66,27 @@ def test_a_surrogate_has_the_models_values_and_another_gradient(route):
     others = view(images).scatter(1, labels[:, None], float("-inf")).argmax(1)
     expected = (logits.gather(1, others[:, None]) - logits.gather(1, labels[:, None])).sum()
     torch.testing.assert_close(found, torch.autograd.grad(expected, x)[0], rtol=1e-4, atol=1e-6)
+
+
+def test_the_noiseless_route_has_the_noisy_values_and_the_noiseless_gradient():
+    """The draws' logits are the model's, and every draw's gradient is that of the block without noise; the model's own
+    is another, and its noise stays on."""
+    torch.manual_seed(0)
+    model = Classifier((2, 2, 4), NOISY).eval().requires_grad_(False)
+    view, other = attacked(model, 5, generator()), surrogate(model, QUIET, 5, generator())
+    x, weights = IMAGES.clone().requires_grad_(), torch.randn(5, len(IMAGES), 10, generator=generator())
+    logits, own = other(x), view(x)
+    torch.testing.assert_close(logits, own)
+    assert logits.std(0).min() > 0
+    quiet = Classifier((2, 2, 4), replace(NOISY, noise_at_test=False)).eval()
+    quiet.load_state_dict(model.state_dict())
+    found, expected, noisy = (
+        torch.autograd.grad((out * w).sum(), x)[0]
+        for out, w in ((logits, weights), (quiet(x), weights.sum(0)), (own, weights))
+    )
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+    assert (noisy - found).norm() > 1e-2 * found.norm()
+    assert model.block.noise_in_eval and not torch.equal(view(x), own)
 
 
 def test_the_adjoint_route_has_the_models_values_and_nearly_its_gradient():

@@ -15,7 +15,7 @@ from .accuracy import states
 from .attacks import PGD, AutoAttack, Best, Counted, Method, Model as View, Threat, Transfer, input_gradient, perturb
 from .certified import CertifiedClassifier, evaluate
 from .data import Split
-from .models import Classifier, attacked, surrogate
+from .models import QUIET, Classifier, attacked, surrogate
 from .presets import Group, Suite
 from .progress import bar
 from .scores import Scores
@@ -122,6 +122,8 @@ def _plan(model: Victim, group: Group, draws: int, noise: torch.Generator) -> Pl
     sources: dict[str, View | None] = {"": None}
     if group.gradient == "around":
         sources = {route_name(r): surrogate(model, r, draws, noise) for r in model.routes}
+    if group.gradient == "quiet":
+        sources = {route_name(QUIET): surrogate(model, QUIET, draws, noise)}
     return [
         (f"{method} {source}".strip(), method, view)
         for source, view in sources.items()

@@ -36,7 +36,7 @@ from .features import DIM, EXTRACTORS, Features
 __all__ = ["Block", "Classifier", "Features", "RandomTimeODEBlock", "attacked", "surrogate"]
 
 CLASSES = 10
-IDENTITY, ADJOINT = "identity", "adjoint"
+IDENTITY, ADJOINT, QUIET = "identity", "adjoint", "noiseless solve"
 ANY_DRIFT = Adjoint(max_drift=1e30)  # an attack may follow a wrong gradient: what it finds is judged on the model
 
 
@@ -265,7 +265,7 @@ def attacked(model: Classifier, draws: int, generator: torch.Generator) -> View:
 def surrogate(
     model: Classifier, route: str | float, draws: int, generator: torch.Generator
 ) -> Callable[[Tensor], Tensor]:
-    """The same logits with the adjoint's gradient, or as if the block were the identity or ended at time `route`.
+    """The same logits with the adjoint's gradient, or as if the block had no noise, did nothing or ended at `route`.
 
     Raises:
         ValueError: the route is the adjoint, and the block's solver has none.
@@ -275,12 +275,14 @@ def surrogate(
         if not ANY_DRIFT.accepts(block.solver):
             raise ValueError(f"surrogate: {block.solver!r} has no adjoint; take one of the routes {model.routes}")
         block.gradient = ANY_DRIFT
+    elif route == QUIET:
+        block.noise_in_eval = False
 
     def logits(x: Tensor) -> Tensor:
         z = _draws(model, model.features(x), draws)
         with torch.no_grad():
             end = model.end(z, generator)
-        t1 = None if route == ADJOINT else route
+        t1 = None if isinstance(route, str) else route
         detour = z if route == IDENTITY else block.solve(z, t1=t1, generator=generator).final
         return _shaped(model, model.head(detour + (end - detour).detach()), len(x))
 

@@ -19,9 +19,9 @@ NO_EVIDENCE = "a smoke run, not evidence"
 class Group:
     """Attacks that are run and recorded together on the first `images` test images (None: all of them).
 
-    `gradient` says where their gradients come from: the model's "own", "around" the block on each of its routes, or
-    "others", the models named in `sources`, of which "twin" is the model's own. `models` and `threats` name those that
-    the group is for (None: all), `but` models that it is not for.
+    `gradient` says where their gradients come from: the model's "own", "around" the block on each of its routes, that
+    of a noisy model made "quiet", or "others", the models named in `sources`, of which "twin" is the model's own.
+    `models` and `threats` name those that the group is for (None: all), `but` models that it is not for.
     """
 
     name: str
@@ -35,16 +35,16 @@ class Group:
     but: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.gradient not in ("own", "around", "others"):
-            raise ValueError(f"Group.gradient: expected 'own', 'around' or 'others', got {self.gradient!r}")
+        if self.gradient not in (known := ("own", "around", "quiet", "others")):
+            raise ValueError(f"Group.gradient: expected one of {known}, got {self.gradient!r}")
         if len(names := [str(attack) for attack in self.attacks]) > len(set(names)):
             raise ValueError(f"Group {self.name}: two attacks have one name, and one of them would be lost: {names}")
 
     def covers(self, model: Model, threat: Threat) -> bool:
         """Whether this model is attacked so within this threat."""
         named = (self.models is None or model.name in self.models) and model.name not in self.but
-        able = {"own": True, "around": model.goes_around, "others": bool(self.others(model))}[self.gradient]
-        return named and able and (self.threats is None or str(threat) in self.threats)
+        able = {"around": model.goes_around, "quiet": model.block.noisy, "others": bool(self.others(model))}
+        return named and able.get(self.gradient, True) and (self.threats is None or str(threat) in self.threats)
 
     def others(self, model: Model) -> tuple[str, ...]:
         """The models whose images are shown to this one."""
@@ -142,7 +142,7 @@ RADII = (("l2", (0.25, 0.5, 1.0, 1.5, 2.0, 3.0, 5.0)), ("linf", (0.02, 0.05, 0.1
 def _attacked(
     images: int | None, steps: int, sources: tuple[str, ...], threats: tuple[str, ...] | None = None
 ) -> tuple[Group, ...]:
-    """White-box, bypass and transfer.
+    """White-box, bypass, the gradient of a noisy model's noiseless solve, and transfer.
 
     Steps of a quarter of the radius find more than short ones where many are taken, and less where few are.
     """
@@ -151,6 +151,7 @@ def _attacked(
     return (
         Group("white-box", (FGSM, PGD("ce", steps), own), images, threats=threats),
         Group("bypass", (around,), images, "around", threats=threats),
+        Group("noise off", (own,), images, "quiet", threats=threats),
         Group("transfer", (Transfer(PGD("margin", steps)),), images, "others", sources, threats=threats),
     )
 

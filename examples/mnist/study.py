@@ -191,15 +191,6 @@ class Study:
         z = states(model, self.data.train.images[: self.preset.spectrum_points])
         return stability(model.block.f, z)
 
-    def _plane(self, cell: Cell, config: dict[str, Any]) -> Record:
-        """The field in two principal components."""
-        config["images"] = count = 10 * self.preset.spectrum_points
-        return self.records.stage(
-            cell.name,
-            config,
-            lambda: plane_cell(self.load(cell.model, cell.seed), self.data.test.first(count), config["seed"]),
-        )
-
     def _spectra(self, cell: Cell, config: dict[str, Any]) -> Compute:
         """Stability at the same images: of an untrained field and of the trained one; there, on test images, attacked.
 
