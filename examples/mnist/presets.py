@@ -151,7 +151,7 @@ def _attacked(
     return (
         Group("white-box", (FGSM, PGD("ce", steps), own), images, threats=threats),
         Group("bypass", (around,), images, "around", threats=threats),
-        Group("noise off", (own,), images, "quiet", threats=threats),
+        Group("noise-off", (own,), images, "quiet", threats=threats),
         Group("transfer", (Transfer(PGD("margin", steps)),), images, "others", sources, threats=threats),
     )
 

@@ -14,7 +14,7 @@ __all__ = ["KINDS", "NOT_PLANNED", "SIGNIFICANT", "WHITE_BOX", "Results", "mean"
 
 SIGNIFICANT = 0.05
 WHITE_BOX = "white-box"
-ROUNDABOUT = ("bypass", "noise off", "transfer", "black-box")  # groups that do without the model's own gradient
+ROUNDABOUT = ("bypass", "noise-off", "transfer", "black-box")  # groups that do without the model's own gradient
 NOT_PLANNED = "-"
 KINDS = ("train", "clean", "attack", "spectra", "plane", "probe")  # those that the report draws
 
