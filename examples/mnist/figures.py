@@ -95,7 +95,7 @@ def bars_figure(results: Results, out: Path, ground: Ground = LIGHT) -> Path:
     path = picture_path(out, "accuracy", ground)
     with picture(results, path, ground, rows, columns, size, sharex=True, sharey=True) as (figure, panels):
         marks = {"clean": ("|", ground.faint)} | {
-            group: (MARKERS[i % 7], COLOURS[i % 7]) for i, group in enumerate(groups)
+            group: (MARKERS[i % 7], COLOURS[(i + i // 7) % 7]) for i, group in enumerate(groups)
         }
         for panel, threat in zip(panels, threats, strict=False):
             for position, name in enumerate(names):
@@ -113,8 +113,8 @@ def bars_figure(results: Results, out: Path, ground: Ground = LIGHT) -> Path:
         panels[0].set_ylim(len(names) - 0.4, -0.6)
         handles = [plt.Line2D([], [], color=c, marker=m, linestyle="", label=label) for label, (m, c) in marks.items()]
         bar = plt.Rectangle((0, 0), 1, 1, color=ground.ink, alpha=0.85, label="worst of everything")
-        figure.legend(handles=[bar, *handles], ncols=len(handles) + 1, loc="outside upper right", handlelength=1,
-                      columnspacing=1.1, handletextpad=0.4, fontsize=9)  # fmt: skip
+        figure.legend(handles=[bar, *handles], ncols=min(6, 1 + len(handles)), loc="outside upper right",
+                      handlelength=1, columnspacing=1.1, handletextpad=0.4, fontsize=9)  # fmt: skip
     return path
 
 

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from . import audits, figures, findings, tables
 from .comparisons import compare
-from .document import Block, Code, Figure, Heading, Text, markdown
+from .document import Block, Code, Figure, Heading, Table, Text, markdown
 from .page import page
 from .plane_figure import plane_figure, plane_text
-from .results import KINDS, Results
+from .results import KINDS, NOT_PLANNED, Results
 
 __all__ = ["blocks", "write_report"]
+
+EMPTY = ("not run", NOT_PLANNED, "0", "")  # what the cells of a row say of which nothing is run
 
 READING = """
 Brackets hold Wilson 95 % intervals over the images. Accuracy under attack is judged on the model itself, with its
@@ -91,7 +94,15 @@ def blocks(results: Results, out: Path) -> list[Block]:
         tables.every_attack_table(results),
         *_method(results),
     ]
-    return [block for block in found if block is not None]
+    return [_begun(block) if isinstance(block, Table) else block for block in found if block is not None]
+
+
+def _begun(table: Table) -> Table:
+    """The table without the rows of which nothing is run yet; the caption counts them."""
+    rows = [row for row in table.rows if any(cell.text not in EMPTY for cell in row[1:])]
+    if not (left := len(table.rows) - len(rows)):
+        return table
+    return replace(table, rows=rows, caption=f"{table.caption}; left out: {left} of which nothing is run yet")
 
 
 def _opening(results: Results) -> list[Block]:
