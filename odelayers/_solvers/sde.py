@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor
 
-from odelayers._driver import Driver, NoisyClock
+from odelayers._driver import Driver, Factors, NoisyClock, advance
 from odelayers._evaluator import Evaluator
-from odelayers._solvers.base import State, Step, Undo, leaf
+from odelayers._solvers.base import Part, State, Step, leaf
 from odelayers._solvers.fixed import FixedGrid
 
 __all__ = ["EulerMaruyama", "Milstein", "ReversibleHeun", "StratonovichHeun"]
@@ -37,7 +37,7 @@ class EulerMaruyama(FixedGrid):
 
     def step(self, f: Evaluator, s: Step, before: State, driver: Driver) -> State:
         z = before[0]
-        return (driver.advance(z, driver.terms(f, s.t, z), s.h, driver.increment(s.number, s.h)),)
+        return (advance(z, driver.terms(f, s.t, z), _factors(s, driver)),)
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class Milstein(FixedGrid):
     def step(self, f: Evaluator, s: Step, before: State, driver: Driver) -> State:
         z, dw = before[0], driver.increment(s.number, s.h)
         terms = driver.terms(f, s.t, z)
-        after = driver.advance(z, terms, s.h, dw)
+        after = advance(z, terms, driver.factors(s.h, dw))
         if dw is None:
             return (after,)
         # The diffusion is the last term, or a multiple of the only one.
@@ -97,9 +97,9 @@ class StratonovichHeun(FixedGrid):
     order, calculus = 0.5, ("stratonovich",)
 
     def step(self, f: Evaluator, s: Step, before: State, driver: Driver) -> State:
-        z, dw = before[0], driver.increment(s.number, s.h)
-        predicted = driver.advance(z, driver.terms(f, s.t, z), s.h, dw)
-        corrected = driver.advance(predicted, driver.terms(f, s.t + s.h, predicted), s.h, dw)
+        z, factors = before[0], _factors(s, driver)
+        predicted = advance(z, driver.terms(f, s.t, z), factors)
+        corrected = advance(predicted, driver.terms(f, s.t + s.h, predicted), factors)
         # z + (increment at z + increment at the prediction) / 2
         return ((z + corrected) / 2,)
 
@@ -130,23 +130,38 @@ class ReversibleHeun(FixedGrid):
         return (z0, z0, *driver.terms(f, t0, z0))
 
     def step(self, f: Evaluator, s: Step, before: State, driver: Driver) -> State:
-        (z, mirror, *terms), dw = before, driver.increment(s.number, s.h)
-        reflected = driver.advance(2 * z - mirror, tuple(terms), s.h, dw)
+        (z, mirror, *terms), half = before, _half(_factors(s, driver))
+        middle = advance(z, terms, half)
+        reflected = torch.lerp(mirror, middle, 2.0)  # 2 middle - mirror
         fresh = driver.terms(f, s.t + s.h, reflected)
-        mean = tuple((a + b) / 2 for a, b in zip(terms, fresh, strict=True))
-        return (driver.advance(z, mean, s.h, dw), reflected, *fresh)
+        return (advance(middle, fresh, half), reflected, *fresh)
 
-    def undo(self, f: Evaluator, step: Step, driver: Driver) -> tuple[Undo]:
-        """Undo a step at once."""
-        return (partial(self._undo, f, step, driver),)
+    def undo(self, f: Evaluator, steps: Sequence[Step], end: State, driver: Driver) -> Iterator[Part]:
+        """Undo the way from the middle of a step to that of the next: one evaluation, at the mirror between the two.
 
-    def _undo(self, f: Evaluator, s: Step, driver: Driver, after: State) -> tuple[State, State]:
-        """The same formulas with -h and -dW, and the step taken again from where they lead."""
-        (z, mirror, *terms), dw = after, driver.increment(s.number, s.h)
-        back = None if dw is None else -dw
-        reflected = driver.advance(2 * z - mirror, tuple(terms), -s.h, back)
-        fresh = driver.terms(f, s.t, reflected)
-        mean = tuple((a + b) / 2 for a, b in zip(terms, fresh, strict=True))
-        before = tuple(map(leaf, (driver.advance(z, mean, -s.h, back), reflected, *fresh)))
-        with torch.enable_grad():
-            return before, self.step(f, s, before, driver)
+        Seen so, the method is a leapfrog of (middle, mirror). Its ends are the middles of steps of no length.
+        """
+        (middle, mirror, *terms), t = end, steps[-1].t + steps[-1].h
+        ahead = none = (0.0,) * len(terms)
+        for s in (*reversed(steps), None):
+            mirror = leaf(mirror)
+            with torch.enable_grad():
+                terms = driver.terms(f, t, mirror)
+                behind = none if s is None else _half(_factors(s, driver))
+                both = tuple(a + b for a, b in zip(behind, ahead, strict=True))
+            start = leaf(advance(middle, terms, tuple(-x for x in both)))
+            with torch.enable_grad():
+                after = advance(start, terms, both)
+                output = advance(start, terms, behind) if s is not None and s.outputs else None
+                part = Part((start, mirror), (after, torch.lerp(mirror, after, 2.0)), output)
+            yield part
+            middle, mirror, ahead, t = start, torch.lerp(mirror, start, 2.0), behind, s.t if s is not None else t
+
+
+def _factors(s: Step, driver: Driver) -> Factors:
+    """What a step multiplies the terms of its driver by."""
+    return driver.factors(s.h, driver.increment(s.number, s.h))
+
+
+def _half(factors: Factors) -> Factors:
+    return tuple(x / 2 for x in factors)
