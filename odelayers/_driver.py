@@ -211,7 +211,7 @@ class NoisyClock(_Noisy):
         return (f(self.time(s), z),)
 
     def factors(self, h: float, dw: Tensor) -> Factors:
-        """dt + sigma dW."""
+        """What the field is multiplied by: dt + sigma dW."""
         return (self.clock.dt(h) + self.sigma * dw,)
 
     def noise_coefficient(self, f: Evaluate, s: Time, z: Tensor) -> Tensor:
@@ -240,7 +240,7 @@ class Diffusion(_Noisy):
         return (*self.clock.terms(f, s, z), self.noise_coefficient(f, s, z))
 
     def factors(self, h: float, dw: Tensor) -> Factors:
-        """dt, as the clock counts it, beside dW."""
+        """What drift and diffusion are multiplied by: dt, as the clock counts it, and dW."""
         return (*self.clock.factors(h, None), dw)
 
     def noise_coefficient(self, f: Evaluate, s: Time, z: Tensor) -> Tensor:

@@ -130,32 +130,36 @@ class ReversibleHeun(FixedGrid):
         return (z0, z0, *driver.terms(f, t0, z0))
 
     def step(self, f: Evaluator, s: Step, before: State, driver: Driver) -> State:
-        (z, mirror, *terms), half = before, _half(_factors(s, driver))
+        z, mirror, *terms = before
+        half = _half(_factors(s, driver))
         middle = advance(z, terms, half)
         reflected = torch.lerp(mirror, middle, 2.0)  # 2 middle - mirror
         fresh = driver.terms(f, s.t + s.h, reflected)
         return (advance(middle, fresh, half), reflected, *fresh)
 
     def undo(self, f: Evaluator, steps: Sequence[Step], end: State, driver: Driver) -> Iterator[Part]:
-        """Undo the way from the middle of a step to that of the next: one evaluation, at the mirror between the two.
+        """Undo the steps as those of a leapfrog, whose one evaluation between two mirrors serves both ways.
 
-        Seen so, the method is a leapfrog of (middle, mirror). Its ends are the middles of steps of no length.
+        Two steps take the mirror m by m'' = m + k' (dX + dX'), where k' are the terms at m' and dX, dX' what the steps
+        multiply them by; at m' the solution is z' = (m + m') / 2 + k' dX / 2. Beyond both ends it stands still.
         """
-        (middle, mirror, *terms), t = end, steps[-1].t + steps[-1].h
-        ahead = none = (0.0,) * len(terms)
+        z, mirror, *slopes = end
+        later, t = torch.lerp(mirror, z, 2.0), steps[-1].t + steps[-1].h
+        still: Factors = (0.0,) * len(slopes)
+        ahead = still
         for s in (*reversed(steps), None):
-            mirror = leaf(mirror)
+            mirror, output = leaf(mirror), None
             with torch.enable_grad():
                 terms = driver.terms(f, t, mirror)
-                behind = none if s is None else _half(_factors(s, driver))
+                behind = _factors(s, driver) if s is not None else still
                 both = tuple(a + b for a, b in zip(behind, ahead, strict=True))
-            start = leaf(advance(middle, terms, tuple(-x for x in both)))
+            earlier = leaf(advance(later, terms, tuple(-x for x in both)))
             with torch.enable_grad():
-                after = advance(start, terms, both)
-                output = advance(start, terms, behind) if s is not None and s.outputs else None
-                part = Part((start, mirror), (after, torch.lerp(mirror, after, 2.0)), output)
-            yield part
-            middle, mirror, ahead, t = start, torch.lerp(mirror, start, 2.0), behind, s.t if s is not None else t
+                after = mirror, advance(earlier, terms, both)
+                if s is not None and s.outputs:
+                    output = advance(torch.lerp(earlier, mirror, 0.5), terms, _half(behind))
+            yield Part((earlier, mirror), after, output)
+            mirror, later, ahead, t = earlier, mirror, behind, s.t if s is not None else t
 
 
 def _factors(s: Step, driver: Driver) -> Factors:
