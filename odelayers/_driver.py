@@ -58,10 +58,13 @@ def against(per_row: Tensor, ndim: int) -> Tensor:
     return per_row if per_row.ndim == 0 else per_row.reshape(*per_row.shape, *[1] * (ndim - 1))
 
 
-def advance(z: Tensor, terms: Sequence[Tensor], factors: Factors) -> Tensor:
-    """Give z plus each term times its factor, the increment of one step or of a part of it."""
+def advance(z: Tensor, terms: Sequence[Tensor], factors: Factors, share: float = 1.0) -> Tensor:
+    """Give z plus this share of each term times its factor: 1 for a step's increment, 1/2 for half, -1 to undo it."""
     for term, factor in zip(terms, factors, strict=True):
-        z = torch.addcmul(z, term, factor) if isinstance(factor, Tensor) else torch.add(z, term, alpha=factor)
+        if isinstance(factor, Tensor):
+            z = torch.addcmul(z, term, factor, value=share)
+        else:
+            z = torch.add(z, term, alpha=share * factor)
     return z
 
 
@@ -158,7 +161,8 @@ class Brownian:
         if self.given is not None:
             return self.given[index]
         generator = torch.Generator(self.device).manual_seed(self.seeds[index])
-        dw = torch.randn(self.shape, generator=generator, dtype=self.dtype, device=self.device).mul_(abs(h) ** 0.5)
+        dw = torch.empty(self.shape, dtype=self.dtype, device=self.device)
+        dw.normal_(std=abs(h) ** 0.5, generator=generator)
         dw = dw if self.rows is None else dw[self.rows]
         return clock.root(dw)
 

@@ -130,12 +130,11 @@ class ReversibleHeun(FixedGrid):
         return (z0, z0, *driver.terms(f, t0, z0))
 
     def step(self, f: Evaluator, s: Step, before: State, driver: Driver) -> State:
-        z, mirror, *terms = before
-        half = _half(_factors(s, driver))
-        middle = advance(z, terms, half)
+        (z, mirror, *terms), factors = before, _factors(s, driver)
+        middle = advance(z, terms, factors, 0.5)
         reflected = torch.lerp(mirror, middle, 2.0)  # 2 middle - mirror
         fresh = driver.terms(f, s.t + s.h, reflected)
-        return (advance(middle, fresh, half), reflected, *fresh)
+        return (advance(middle, fresh, factors, 0.5), reflected, *fresh)
 
     def undo(self, f: Evaluator, steps: Sequence[Step], end: State, driver: Driver) -> Iterator[Part]:
         """Undo the steps as those of a leapfrog, whose one evaluation between two mirrors serves both ways.
@@ -153,11 +152,11 @@ class ReversibleHeun(FixedGrid):
                 terms = driver.terms(f, t, mirror)
                 behind = _factors(s, driver) if s is not None else still
                 both = tuple(a + b for a, b in zip(behind, ahead, strict=True))
-            earlier = leaf(advance(later, terms, tuple(-x for x in both)))
+            earlier = leaf(advance(later, terms, both, -1.0))
             with torch.enable_grad():
                 after = mirror, advance(earlier, terms, both)
                 if s is not None and s.outputs:
-                    output = advance(torch.lerp(earlier, mirror, 0.5), terms, _half(behind))
+                    output = advance(torch.lerp(earlier, mirror, 0.5), terms, behind, 0.5)
             yield Part((earlier, mirror), after, output)
             mirror, later, ahead, t = earlier, mirror, behind, s.t if s is not None else t
 
@@ -165,7 +164,3 @@ class ReversibleHeun(FixedGrid):
 def _factors(s: Step, driver: Driver) -> Factors:
     """What a step multiplies the terms of its driver by."""
     return driver.factors(s.h, driver.increment(s.number, s.h))
-
-
-def _half(factors: Factors) -> Factors:
-    return tuple(x / 2 for x in factors)
