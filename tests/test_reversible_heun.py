@@ -62,3 +62,11 @@ def test_reversible_heun_takes_one_evaluation_a_step_and_one_back(kind: str, ts:
         assert (made, calls[f] - made) == (steps + 1, steps + 1), f
     assert solution.stats.nfe == steps + 1 and count.nfe == 2 * (steps + 1)
     assert len(forward) == (1 if kind == "noisy clock" else 2)
+
+
+def test_a_row_that_starts_at_zero_is_measured_by_where_it_went() -> None:
+    """dz = dW from z0 = 0, over T = 1: the start has no relative error of its own, and gets its gradient of one."""
+    z = torch.zeros(4, 2, dtype=F64, requires_grad=True)
+    options: dict[str, Any] = {"solver": ReversibleHeun(20), "calculus": "stratonovich", "gradient": Reversible()}
+    SDEBlock(lambda z: 0 * z, lambda z: torch.ones_like(z), **options)(z).sum().backward()
+    assert z.grad is not None and (z.grad - 1).abs().max() < 1e-12
