@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, Self
 
@@ -12,11 +12,12 @@ from torch import Tensor
 from odelayers._checks import finite_number
 from odelayers._evaluator import Evaluator
 
-__all__ = ["Brownian", "Clock", "Diffusion", "Driver", "NoisyClock", "Time", "Uniform", "against"]
+__all__ = ["Brownian", "Clock", "Diffusion", "Driver", "NoisyClock", "Time", "Uniform", "advance", "against"]
 
 Time = Tensor | float
 Evaluate = Callable[[Time, Tensor], Tensor]
 Terms = tuple[Tensor, ...]
+Factors = tuple[Tensor | float, ...]
 Swap = Callable[[Tensor], Tensor]
 
 
@@ -55,6 +56,16 @@ class Uniform:
 def against(per_row: Tensor, ndim: int) -> Tensor:
     """A 0-d or `(..., B)` tensor, shaped to broadcast against a state of `ndim` axes."""
     return per_row if per_row.ndim == 0 else per_row.reshape(*per_row.shape, *[1] * (ndim - 1))
+
+
+def advance(z: Tensor, terms: Sequence[Tensor], factors: Factors, share: float = 1.0) -> Tensor:
+    """Give z plus this share of each term times its factor: 1 for a step's increment, 1/2 for half, -1 to undo it."""
+    for term, factor in zip(terms, factors, strict=True):
+        if isinstance(factor, Tensor):
+            z = torch.addcmul(z, term, factor, value=share)
+        else:
+            z = torch.add(z, term, alpha=share * factor)
+    return z
 
 
 @dataclass(frozen=True)
@@ -102,9 +113,9 @@ class Clock:
             return (f(self.time(s), z),)
         return (against(self.rate, z.ndim) * f(self.time(s), z),)
 
-    def advance(self, z: Tensor, terms: Terms, h: float, dw: Any) -> Tensor:
-        """Give z plus the increment of one step of length h."""
-        return torch.add(z, terms[0], alpha=h)
+    def factors(self, h: float, dw: Tensor | None) -> Factors:
+        """What the terms are multiplied by in a step of length h: the rate is in the term."""
+        return (h,)
 
     def increment(self, number: int, h: float) -> None:
         """A clock carries no noise."""
@@ -150,7 +161,8 @@ class Brownian:
         if self.given is not None:
             return self.given[index]
         generator = torch.Generator(self.device).manual_seed(self.seeds[index])
-        dw = torch.randn(self.shape, generator=generator, dtype=self.dtype, device=self.device).mul_(abs(h) ** 0.5)
+        dw = torch.empty(self.shape, dtype=self.dtype, device=self.device)
+        dw.normal_(std=abs(h) ** 0.5, generator=generator)
         dw = dw if self.rows is None else dw[self.rows]
         return clock.root(dw)
 
@@ -202,10 +214,9 @@ class NoisyClock(_Noisy):
         """The field alone, which also carries the noise."""
         return (f(self.time(s), z),)
 
-    def advance(self, z: Tensor, terms: Terms, h: float, dw: Any) -> Tensor:
-        """Give z + f (h + sigma dW)."""
-        after: Tensor = z + terms[0] * (self.clock.dt(h) + self.sigma * dw)
-        return after
+    def factors(self, h: float, dw: Tensor) -> Factors:
+        """What the field is multiplied by: dt + sigma dW."""
+        return (self.clock.dt(h) + self.sigma * dw,)
 
     def noise_coefficient(self, f: Evaluate, s: Time, z: Tensor) -> Tensor:
         """G(s, z) = sigma f(s, z)."""
@@ -232,10 +243,9 @@ class Diffusion(_Noisy):
         """The drift and the diffusion."""
         return (*self.clock.terms(f, s, z), self.noise_coefficient(f, s, z))
 
-    def advance(self, z: Tensor, terms: Terms, h: float, dw: Any) -> Tensor:
-        """Give z + f h + g dW."""
-        after: Tensor = self.clock.advance(z, terms, h, None) + terms[1] * dw
-        return after
+    def factors(self, h: float, dw: Tensor) -> Factors:
+        """What drift and diffusion are multiplied by: dt, as the clock counts it, and dW."""
+        return (*self.clock.factors(h, None), dw)
 
     def noise_coefficient(self, f: Evaluate, s: Time, z: Tensor) -> Tensor:
         """G(s, z) = g(t(s), z)."""
@@ -255,6 +265,6 @@ class Driver(Protocol):
     def take(self, rows: Tensor) -> Driver: ...
     def with_tensors(self, swap: Swap) -> Driver: ...
     def terms(self, f: Evaluate, s: Time, z: Tensor) -> Terms: ...
-    def advance(self, z: Tensor, terms: Terms, h: float, dw: Any) -> Tensor: ...
     def increment(self, number: int, h: float) -> Tensor | None: ...
+    def factors(self, h: float, dw: Any) -> Factors: ...
     def noise_coefficient(self, f: Evaluate, s: Time, z: Tensor) -> Tensor: ...

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import torch
@@ -252,6 +253,13 @@ def slope(sizes: Sequence[float], errors: Sequence[float]) -> float:
 def slopes(sizes: Sequence[float], errors: Sequence[float]) -> list[float]:
     """The exponents between neighbouring sizes."""
     return [slope(h, e) for h, e in zip(pairwise(sizes), pairwise(errors), strict=True)]
+
+
+def close(found: Sequence[Any], wanted: Sequence[Any], tolerance: float = 1e-10) -> None:
+    """The same tensors have a gradient, and the same one up to the tolerance, relative to its largest entry."""
+    for a, b in zip(found, wanted, strict=True):
+        assert (a is None) == (b is None)
+        assert a is None or (a - b).abs().max() <= tolerance * max(1.0, b.abs().max().item())
 
 
 def gradients(loss: Tensor, tensors: Sequence[Tensor]) -> list[Tensor | None]:

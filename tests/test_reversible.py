@@ -26,7 +26,6 @@ from odelayers import (
     ODEBlock,
     Reversible,
     ReversibleHeun,
-    SDEBlock,
     Tsit5,
     count_nfe,
 )
@@ -36,7 +35,7 @@ from odelayers._field import Field
 from odelayers._running import RunningField
 from odelayers._solvers.base import row_rms
 from odelayers._solvers.coupled import CoupledAdaptive
-from problems import FORCED, KEPLER, LINEAR, LOTKA_VOLTERRA, Problem, TanhNet, gradients, name, slope
+from problems import FORCED, KEPLER, LINEAR, LOTKA_VOLTERRA, Problem, TanhNet, close, gradients, name, slope
 from strategies import Bounded, bounded_fields, seeds, states
 
 F64 = torch.float64
@@ -81,13 +80,6 @@ def recursion(solver: Any, f: Rate, z0: Tensor, marks: Marks, coupling: float = 
         z = z - (flow(solver, f, t + h, y, -h)[0] - y)
         found |= {mark: y for mark in marks if abs(mark - (t + h)) < 1e-9}
     return torch.stack([found[m] for m in marks])
-
-
-def close(found: Sequence[Any], wanted: Sequence[Any], tolerance: float = 1e-10) -> None:
-    """The same tensors have a gradient, and the same one up to the tolerance, relative to its largest entry."""
-    for a, b in zip(found, wanted, strict=True):
-        assert (a is None) == (b is None)
-        assert a is None or (a - b).abs().max() <= tolerance * max(1.0, b.abs().max().item())
 
 
 MARKS = {"end": [0.0, 1.5], "outputs": [0.2, 0.33, 0.9, 1.7], "backwards": [1.0, 0.71, -0.4]}
@@ -252,40 +244,20 @@ def test_nothing_that_is_kept_grows_with_the_steps(kind: str) -> None:
     assert long > 5 * short and many == few < 25 and control > few + 50
 
 
-def noisy(kind: str, gradient: Any, drift: nn.Module, diffusion: nn.Module) -> Any:
-    """A Stratonovich block over reversible Heun."""
-    options: dict[str, Any] = {"solver": ReversibleHeun(20), "calculus": "stratonovich", "gradient": gradient}
-    if kind == "noisy clock":
-        return DropoutSDEBlock(drift, 0.2, **options)
-    return SDEBlock(drift, diffusion, noise="scalar" if kind == "scalar" else "diagonal", **options)
-
-
-@pytest.mark.parametrize("mode", ["outputs", "one end", "per sample", "given noise"])
-@pytest.mark.parametrize("kind", ["noisy clock", "diagonal", "scalar"])
-def test_reversible_heun_undone_is_backpropagation(kind: str, mode: str) -> None:
-    """Drift, diffusion, start, context, end times and given increments get Backprop's gradient to 1e-10."""
-    drift, diffusion, found = TanhNet(), TanhNet(scale=0.4), []
-    for gradient in (Reversible(), Backprop()):
-        g = torch.Generator().manual_seed(3)
-        z, context, dw = (
-            torch.randn(*s, generator=g, dtype=F64).requires_grad_() for s in ((4, 3), (4, 5), (20, 4, 3))
-        )
-        t1 = torch.tensor([0.5, 0.9, 1.3, 1.0] if mode == "per sample" else 1.2, dtype=F64, requires_grad=True)
-        block = noisy(kind, gradient, drift, diffusion)
-        times: dict[str, Any] = {"ts": [0.2, 0.33, 0.9, 1.7]} if mode == "outputs" else {"t1": t1}
-        given = (0.2 * dw[..., 0] if kind == "scalar" else 0.2 * dw) if mode == "given noise" else None
-        zs = block.solve(z, **times, context=context, noise=given, generator=g).zs
-        found.append(gradients(zs.square().sum(), [z, context, t1, dw, *block.parameters()]))
-    close(*found)
-
-
+@pytest.mark.parametrize("solver", [RK4(20), ReversibleHeun(20)], ids=name)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_half_precision_keeps_its_gradient(dtype: torch.dtype) -> None:
+def test_half_precision_keeps_its_gradient(dtype: torch.dtype, solver: Any) -> None:
     """The state is carried in float32 and undone there; the gradient is Backprop's to the field's own rounding."""
     f, found = nn.Sequential(nn.Linear(3, 16), nn.Tanh(), nn.Linear(16, 3)), []
     for gradient in (Reversible(), Backprop()):
-        z = torch.randn(4, 3, generator=torch.Generator().manual_seed(1)).to(dtype).requires_grad_()
-        ODEBlock(f, solver=RK4(20), gradient=gradient)(z).float().square().sum().backward()
+        g = torch.Generator().manual_seed(1)
+        z = torch.randn(4, 3, generator=g).to(dtype).requires_grad_()
+        block: Any = (
+            DropoutSDEBlock(f, 0.1, solver=solver, calculus="stratonovich", gradient=gradient)
+            if solver.calculus
+            else ODEBlock(f, solver=solver, gradient=gradient)
+        )
+        block.solve(z, generator=g).final.float().square().sum().backward()
         assert z.grad is not None and z.grad.dtype == dtype
         found.append(z.grad.float())
     assert (found[0] - found[1]).abs().max() < 20 * torch.finfo(dtype).eps * found[1].abs().max()

@@ -12,7 +12,7 @@ from torch import Tensor
 from odelayers._driver import Driver
 from odelayers._evaluator import Evaluator
 from odelayers._gradients.base import Setting, check_cotangent, cut
-from odelayers._solvers.base import Invertible, MarchingSolver, Path, leaf
+from odelayers._solvers.base import Invertible, MarchingSolver, Path
 
 __all__ = ["Gradients", "Replay", "plus"]
 
@@ -41,8 +41,8 @@ class Replay(ABC):
         """The states at ts, with the steps recorded and counted."""
 
     @abstractmethod
-    def through_steps(self, z0: Tensor, gradient: Tensor, total: Gradients) -> Gradients:
-        """The gradients with respect to the solver's state at the start; `total` gets those of the wanted tensors."""
+    def through_steps(self, z0: Tensor, gradient: Tensor, total: Gradients) -> Tensor | None:
+        """The gradient with respect to the state that the first step began with; `total` gets the wanted tensors'."""
 
     def path(self, z0: Tensor) -> Path:
         """Solve from z0 as one node of the graph, where anything asks for a gradient."""
@@ -61,20 +61,18 @@ class Replay(ABC):
         total: Gradients = [None] * len(self.wanted)
         if not self.steps:  # every row was at rest to begin with
             return [gradient[0], *total]
-        arriving = self.through_steps(z0, gradient, total)
-        first = leaf(z0)
-        with torch.enable_grad():
-            start = self.solver.start(self.f, self.ts[0], first, self.driver)
-        (found,) = self.pull_back(start, arriving, (first,), total)
-        return [plus(gradient[0], found), *total]
+        return [plus(gradient[0], self.through_steps(z0, gradient, total)), *total]
 
     def pull_back(
         self, values: Sequence[Tensor], arriving: Gradients, leaves: Sequence[Tensor], total: Gradients
     ) -> Gradients:
-        """Pull the arriving gradients back to the leaves, and add what the wanted tensors get to `total`."""
+        """Pull the arriving gradients back to the leaves, and add what the wanted tensors get to `total`.
+
+        The graph stays until it is let go: neighbouring parts may share what they make of the wanted tensors.
+        """
         used = [(v, g) for v, g in zip(values, arriving, strict=True) if g is not None and v.requires_grad]
         roots, grads = zip(*used, strict=True)
-        found = torch.autograd.grad(roots, [*leaves, *self.wanted], grads, allow_unused=True)
+        found = torch.autograd.grad(roots, [*leaves, *self.wanted], grads, retain_graph=True, allow_unused=True)
         for i, g in enumerate(found[len(leaves) :]):
             total[i] = plus(total[i], g)
         return list(found[: len(leaves)])

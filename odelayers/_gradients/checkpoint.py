@@ -94,7 +94,7 @@ class _Checkpointed(Replay):
         self.accepted, self.rejected, self.row_steps = path.accepted, path.rejected, path.steps
         return path.zs
 
-    def through_steps(self, z0: Tensor, gradient: Tensor, total: Gradients) -> Gradients:
+    def through_steps(self, z0: Tensor, gradient: Tensor, total: Gradients) -> Tensor | None:
         after_grads: Gradients = []
         at_outputs = self.solver.spread(gradient, self.steps)
         for step, before in self._backwards():
@@ -103,7 +103,10 @@ class _Checkpointed(Replay):
                 after, outputs = self.solver.again(self.f, step, leaves, self.driver)
             arriving = [*(after_grads or [None] * len(after)), *at_outputs.pop()]
             after_grads = self.pull_back([*after, *outputs], arriving, leaves, total)
-        return after_grads
+        first = leaf(z0)
+        with torch.enable_grad():
+            start = self.solver.start(self.f, self.ts[0], first, self.driver)
+        return self.pull_back(start, after_grads, (first,), total)[0]
 
     def _backwards(self) -> Iterator[tuple[Any, State]]:
         """The steps with the states before them, last first; the states of a segment are found again from its first."""

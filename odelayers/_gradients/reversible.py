@@ -15,7 +15,7 @@ from odelayers._gradients.again import Gradients, Replay, plus
 from odelayers._gradients.base import Gradient
 from odelayers._solution import GradientError, SolveError, Status
 from odelayers._solvers.adaptive import AdaptiveRungeKutta
-from odelayers._solvers.base import Invertible, Path, Solver, State, Taken, Undo, fail, row_rms
+from odelayers._solvers.base import Invertible, Path, Solver, State, Taken, fail, row_rms
 from odelayers._solvers.coupled import CoupledAdaptive, CoupledGrid
 from odelayers._solvers.fixed import FixedRungeKutta
 from odelayers._solvers.sde import ReversibleHeun
@@ -114,7 +114,7 @@ class _Undone(Replay):
         self.gradient, self.solver = gradient, gradient.method(solver)
         self.gap = gradient.gap(solver, f, z0)
         self.outputs: list[Tensor] = []
-        self.size = row_rms(z0.detach())  # of each row, its largest so far
+        self.size = row_rms(z0.detach())  # of each row, the largest so far that was looked at
         self.parted = torch.full_like(self.size, -1, dtype=torch.long)  # the step at which its pair came apart
 
     def forward(self, z0: Tensor) -> Tensor:
@@ -131,7 +131,8 @@ class _Undone(Replay):
     def _note(self, taken: Taken) -> None:
         """Record a step; the end so far takes the place of the one before."""
         self.end, (first, second, *_) = taken.after, taken.after
-        self.size = torch.maximum(self.size, row_rms(first))
+        if self.gap is not None or taken.outputs:
+            self.size = torch.maximum(self.size, row_rms(first))
         if self.gap is not None:
             apart = row_rms(first - second) > self.gap[0] * self.size + self.gap[1]
             self.parted = torch.where(apart & (self.parted < 0), len(self.steps), self.parted)
@@ -151,30 +152,21 @@ class _Undone(Replay):
         end = step.t + step.h
         raise fail(self.solver, self.f, rows, end, self.driver, Status.UNSTABLE, note) from failure
 
-    def through_steps(self, z0: Tensor, gradient: Tensor, total: Gradients) -> Gradients:
-        state, position = self.end, len(self.outputs)
-        arriving: Gradients = [None] * len(state)
-        drift = strain = torch.zeros_like(self.size)
-        for step in reversed(self.steps):
-            if step.outputs:
-                drift = torch.maximum(drift, self._distance(state[0], self.outputs[position - 1]))
-                arriving[0] = plus(arriving[0], gradient[position])
-                position -= 1
-            after = state
-            for undo in self.solver.undo(self.f, step, self.driver):
-                state, arriving = self._back(undo, state, arriving, total)
-            if self.gap is not None:
-                fresh = (after[0] - after[1]) - self.gradient.coupling * (state[0] - state[1])
-                strain = strain + self._relative(fresh, self.size) * _growth(arriving, state)
-        for solution in state[:2]:
+    def through_steps(self, z0: Tensor, gradient: Tensor, total: Gradients) -> Tensor | None:
+        arriving: Gradients = [None, None]
+        position, drift, strain = len(self.outputs), torch.zeros_like(self.size), torch.zeros_like(self.size)
+        for part in self.solver.undo(self.f, self.steps, self.end, self.driver):
+            made, given = list(part.after), arriving
+            if part.output is not None:
+                drift = torch.maximum(drift, self._distance(part.output, self.outputs[position - 1]))
+                made, given, position = [*made, part.output], [*given, gradient[position]], position - 1
+            arriving, start = self.pull_back(made, given, part.before, total), part.before
+            if part.parted is not None:
+                strain = strain + self._relative(part.parted, self.size) * _growth(arriving, start)
+        for solution in start:
             drift = torch.maximum(drift, self._distance(solution, z0))
         self._check(drift, strain)
-        return arriving
-
-    def _back(self, undo: Undo, after: State, arriving: Gradients, total: Gradients) -> tuple[State, Gradients]:
-        """Undo a part of a step and pull the gradients back through it; its graph ends here."""
-        before, made = undo(after)
-        return before, self.pull_back(made, arriving, before, total)
+        return plus(*arriving)
 
     def _relative(self, x: Tensor, size: Tensor) -> Tensor:
         return row_rms(x) / size.clamp(min=torch.finfo(size.dtype).tiny)

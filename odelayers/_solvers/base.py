@@ -20,12 +20,12 @@ __all__ = [
     "Invertible",
     "MarchingSolver",
     "Norm",
+    "Part",
     "Path",
     "Solver",
     "Step",
     "Taken",
     "Trace",
-    "Undo",
     "fail",
     "leaf",
     "row_rms",
@@ -157,21 +157,28 @@ def leaf(x: Tensor) -> Tensor:
     return x.detach().requires_grad_()
 
 
-# Undoes a part of a step: from the state after it the one before, as leaves, and what the part makes of them.
-Undo = Callable[[State], tuple[State, State]]
+class Part(NamedTuple):
+    """A part of a march undone: the two solutions before it, as leaves, what it makes of them, the output it passes.
+
+    `parted` is by how much the step that begins with this part has drawn coupled solutions apart.
+    """
+
+    before: State
+    after: State
+    output: Tensor | None = None
+    parted: Tensor | None = None
 
 
 class Invertible(Protocol):
     """A march whose steps can be undone.
 
-    Its state begins with two solutions of one equation, the first of which comes out; a step has an output at its end
-    or none.
+    Its state begins with two solutions of one equation, which start as one and the first of which comes out; a step has
+    an output at its end or none.
     """
 
-    def start(self, f: Evaluator, t0: float, z0: Tensor, driver: Driver) -> State: ...
     def march(self, f: Evaluator, z0: Tensor, ts: Sequence[float], driver: Driver, norm: Norm) -> Iterator[Taken]: ...
-    def undo(self, f: Evaluator, step: Step, driver: Driver) -> Sequence[Undo]:
-        """The parts of a step, the last first."""
+    def undo(self, f: Evaluator, steps: Sequence[Step], end: State, driver: Driver) -> Iterator[Part]:
+        """The parts of a march of these steps to this end, the last first; under no_grad."""
 
 
 def fail(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -15,7 +14,7 @@ from odelayers._driver import Driver
 from odelayers._evaluator import Evaluator
 from odelayers._solvers import control
 from odelayers._solvers.adaptive import AdaptiveRungeKutta, Try
-from odelayers._solvers.base import Norm, State, Step, Taken, Undo, leaf
+from odelayers._solvers.base import Norm, Part, State, Step, Taken, leaf
 from odelayers._solvers.fixed import FixedGrid, FixedRungeKutta
 from odelayers._solvers.stages import stages_like
 
@@ -38,29 +37,36 @@ class _Coupled:
         """Both solutions at z0."""
         return z0, z0
 
-    def undo(self, f: Evaluator, step: Step, driver: Driver) -> tuple[Undo, Undo]:
-        """Undo what was done to z, then what was done to y.
+    def undo(self, f: Evaluator, steps: Sequence[Step], end: State, driver: Driver) -> Iterator[Part]:
+        """Undo what a step did to z, then what it did to y.
 
         Each half leaves the other solution as it is, so that one flow from there finds the state before and carries the
         gradient.
         """
-        return partial(self._undo_z, f, step, driver), partial(self._undo_y, f, step, driver)
+        state = end
+        for step in reversed(steps):
+            last = self._undo_z(f, step, state, driver)
+            yield last
+            first = self._undo_y(f, step, last.before, driver)
+            before = first.before
+            yield first._replace(parted=(state[0] - state[1]) - self.coupling * (before[0] - before[1]))
+            state = before
 
-    def _undo_z(self, f: Evaluator, step: Step, driver: Driver, after: State) -> tuple[State, State]:
+    def _undo_z(self, f: Evaluator, step: Step, after: State, driver: Driver) -> Part:
         y = leaf(after[0])
         with torch.enable_grad():
             away = y - self._flow(f, step.t + step.h, y, -step.h, driver)
         z = leaf(after[1] - away.detach())
         with torch.enable_grad():
-            return (y, z), (y, z + away)
+            return Part((y, z), (y, z + away), y if step.outputs else None)
 
-    def _undo_y(self, f: Evaluator, step: Step, driver: Driver, after: State) -> tuple[State, State]:
+    def _undo_y(self, f: Evaluator, step: Step, after: State, driver: Driver) -> Part:
         z = leaf(after[1])
         with torch.enable_grad():
             ahead = self._flow(f, step.t, z, step.h, driver)
         y = leaf(z.detach() + (after[0] - ahead.detach()) / self.coupling)
         with torch.enable_grad():
-            return (y, z), (self.coupling * (y - z) + ahead, z)
+            return Part((y, z), (self.coupling * (y - z) + ahead, z))
 
     def _flow(self, f: Evaluator, t: float, z: Tensor, h: float, driver: Driver) -> Tensor:
         return self.base.again(f, Step(0, t, h), self.base.start(f, t, z, driver), driver)[0][0]

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor
 
-from odelayers._driver import Driver, NoisyClock
+from odelayers._driver import Driver, Factors, NoisyClock, advance
 from odelayers._evaluator import Evaluator
-from odelayers._solvers.base import State, Step, Undo, leaf
+from odelayers._solvers.base import Part, State, Step, leaf
 from odelayers._solvers.fixed import FixedGrid
 
 __all__ = ["EulerMaruyama", "Milstein", "ReversibleHeun", "StratonovichHeun"]
@@ -37,7 +37,7 @@ class EulerMaruyama(FixedGrid):
 
     def step(self, f: Evaluator, s: Step, before: State, driver: Driver) -> State:
         z = before[0]
-        return (driver.advance(z, driver.terms(f, s.t, z), s.h, driver.increment(s.number, s.h)),)
+        return (advance(z, driver.terms(f, s.t, z), _factors(s, driver)),)
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class Milstein(FixedGrid):
     def step(self, f: Evaluator, s: Step, before: State, driver: Driver) -> State:
         z, dw = before[0], driver.increment(s.number, s.h)
         terms = driver.terms(f, s.t, z)
-        after = driver.advance(z, terms, s.h, dw)
+        after = advance(z, terms, driver.factors(s.h, dw))
         if dw is None:
             return (after,)
         # The diffusion is the last term, or a multiple of the only one.
@@ -97,9 +97,9 @@ class StratonovichHeun(FixedGrid):
     order, calculus = 0.5, ("stratonovich",)
 
     def step(self, f: Evaluator, s: Step, before: State, driver: Driver) -> State:
-        z, dw = before[0], driver.increment(s.number, s.h)
-        predicted = driver.advance(z, driver.terms(f, s.t, z), s.h, dw)
-        corrected = driver.advance(predicted, driver.terms(f, s.t + s.h, predicted), s.h, dw)
+        z, factors = before[0], _factors(s, driver)
+        predicted = advance(z, driver.terms(f, s.t, z), factors)
+        corrected = advance(predicted, driver.terms(f, s.t + s.h, predicted), factors)
         # z + (increment at z + increment at the prediction) / 2
         return ((z + corrected) / 2,)
 
@@ -130,23 +130,37 @@ class ReversibleHeun(FixedGrid):
         return (z0, z0, *driver.terms(f, t0, z0))
 
     def step(self, f: Evaluator, s: Step, before: State, driver: Driver) -> State:
-        (z, mirror, *terms), dw = before, driver.increment(s.number, s.h)
-        reflected = driver.advance(2 * z - mirror, tuple(terms), s.h, dw)
+        (z, mirror, *terms), factors = before, _factors(s, driver)
+        middle = advance(z, terms, factors, 0.5)
+        reflected = torch.lerp(mirror, middle, 2.0)  # 2 middle - mirror
         fresh = driver.terms(f, s.t + s.h, reflected)
-        mean = tuple((a + b) / 2 for a, b in zip(terms, fresh, strict=True))
-        return (driver.advance(z, mean, s.h, dw), reflected, *fresh)
+        return (advance(middle, fresh, factors, 0.5), reflected, *fresh)
 
-    def undo(self, f: Evaluator, step: Step, driver: Driver) -> tuple[Undo]:
-        """Undo a step at once."""
-        return (partial(self._undo, f, step, driver),)
+    def undo(self, f: Evaluator, steps: Sequence[Step], end: State, driver: Driver) -> Iterator[Part]:
+        """Undo the steps as those of a leapfrog, whose one evaluation between two mirrors serves both ways.
 
-    def _undo(self, f: Evaluator, s: Step, driver: Driver, after: State) -> tuple[State, State]:
-        """The same formulas with -h and -dW, and the step taken again from where they lead."""
-        (z, mirror, *terms), dw = after, driver.increment(s.number, s.h)
-        back = None if dw is None else -dw
-        reflected = driver.advance(2 * z - mirror, tuple(terms), -s.h, back)
-        fresh = driver.terms(f, s.t, reflected)
-        mean = tuple((a + b) / 2 for a, b in zip(terms, fresh, strict=True))
-        before = tuple(map(leaf, (driver.advance(z, mean, -s.h, back), reflected, *fresh)))
-        with torch.enable_grad():
-            return before, self.step(f, s, before, driver)
+        Two steps take the mirror m by m'' = m + k' (dX + dX'), where k' are the terms at m' and dX, dX' what the steps
+        multiply them by; at m' the solution is z' = (m + m') / 2 + k' dX / 2. Beyond both ends it stands still.
+        """
+        z, mirror, *slopes = end
+        later, t = torch.lerp(mirror, z, 2.0), steps[-1].t + steps[-1].h
+        still: Factors = (0.0,) * len(slopes)
+        ahead = still
+        for s in (*reversed(steps), None):
+            mirror, output = leaf(mirror), None
+            with torch.enable_grad():
+                terms = driver.terms(f, t, mirror)
+                behind = _factors(s, driver) if s is not None else still
+                both = tuple(a + b for a, b in zip(behind, ahead, strict=True))
+            earlier = leaf(advance(later, terms, both, -1.0))
+            with torch.enable_grad():
+                after = mirror, advance(earlier, terms, both)
+                if s is not None and s.outputs:
+                    output = advance(torch.lerp(earlier, mirror, 0.5), terms, behind, 0.5)
+            yield Part((earlier, mirror), after, output)
+            mirror, later, ahead, t = earlier, mirror, behind, s.t if s is not None else t
+
+
+def _factors(s: Step, driver: Driver) -> Factors:
+    """What a step multiplies the terms of its driver by."""
+    return driver.factors(s.h, driver.increment(s.number, s.h))
