@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,15 +10,18 @@ import torch
 from torch import Tensor, nn
 
 from odelayers import (
+    RK4,
     Adjoint,
     Backprop,
     Checkpoint,
     Dopri5,
     DropoutSDEBlock,
+    Euler,
     EulerMaruyama,
     GradientError,
     ODEBlock,
     Reversible,
+    ReversibleHeun,
     SDEBlock,
     TorchDiffEq,
     TorchSDE,
@@ -202,3 +206,39 @@ def test_library_adjoints_notice_a_parameter_changed_in_place(which: str) -> Non
         f.rate.add_(1.0)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         out.sum().backward()
+
+
+class Saved:
+    """What autograd has saved and not yet let go of, counted: it dies with the node that holds it."""
+
+    alive = most = 0
+
+    def __init__(self, x: Tensor) -> None:
+        self.x = x
+        Saved.alive += 1
+        Saved.most = max(Saved.most, Saved.alive)
+
+    def __del__(self) -> None:
+        Saved.alive -= 1
+
+
+@pytest.mark.parametrize("gradient", [Reversible(), Checkpoint()], ids=name)
+@pytest.mark.parametrize("solver", [Euler(1), RK4(1), ReversibleHeun(1)], ids=name)
+def test_two_parts_graphs_never_live_at_once(solver: Any, gradient: Any) -> None:
+    """Going back through 24 steps autograd holds no more than twice what one step alone saves, and lets go of it."""
+    f, z = nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 3)), torch.randn(2, 3)
+
+    def held(steps: int, chosen: Any) -> tuple[int, int]:
+        Saved.alive = Saved.most = 0
+        solved = replace(solver, steps=steps)
+        options: dict[str, Any] = {"solver": solved, "gradient": chosen}
+        noisy = isinstance(solver, ReversibleHeun)
+        block = SDEBlock(f, f, calculus="stratonovich", **options) if noisy else ODEBlock(f, **options)
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: Saved(x.detach()), lambda saved: saved.x):
+            block(z.clone().requires_grad_()).sum().backward()
+        return Saved.most, Saved.alive
+
+    one, (most, left) = held(1, Backprop())[0], held(24, gradient)
+    assert most <= 2 * one + 4, (most, one)
+    assert left == 0
+    assert held(24, Backprop())[0] > 10 * one

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from itertools import product
 from typing import Any
@@ -70,3 +71,13 @@ def test_a_row_that_starts_at_zero_is_measured_by_where_it_went() -> None:
     options: dict[str, Any] = {"solver": ReversibleHeun(20), "calculus": "stratonovich", "gradient": Reversible()}
     SDEBlock(lambda z: 0 * z, lambda z: torch.ones_like(z), **options)(z).sum().backward()
     assert z.grad is not None and (z.grad - 1).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("steps", [16, 63, 100])
+def test_a_row_that_returns_to_zero_is_measured_by_its_way(steps: int) -> None:
+    """dz = cos(t) dt from 0 over a whole turn: both ends are rounding noise, the way is not, and the gradient is 1."""
+    z = torch.zeros(3, 1, requires_grad=True)
+    options: dict[str, Any] = {"calculus": "stratonovich", "gradient": Reversible(), "t1": 2 * math.pi}
+    block = SDEBlock(lambda t, z: torch.cos(t) + 0 * z, lambda z: 0 * z, solver=ReversibleHeun(steps), **options)
+    block(z).sum().backward()
+    assert z.grad is not None and (z.grad - 1).abs().max() < 1e-5

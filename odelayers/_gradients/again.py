@@ -64,15 +64,20 @@ class Replay(ABC):
         return [plus(gradient[0], self.through_steps(z0, gradient, total)), *total]
 
     def pull_back(
-        self, values: Sequence[Tensor], arriving: Gradients, leaves: Sequence[Tensor], total: Gradients
+        self,
+        values: Sequence[Tensor],
+        arriving: Gradients,
+        leaves: Sequence[Tensor],
+        total: Gradients,
+        retain: bool = False,
     ) -> Gradients:
         """Pull the arriving gradients back to the leaves, and add what the wanted tensors get to `total`.
 
-        The graph stays until it is let go: neighbouring parts may share what they make of the wanted tensors.
+        The graph ends here, unless what it is made of is to be retained.
         """
         used = [(v, g) for v, g in zip(values, arriving, strict=True) if g is not None and v.requires_grad]
         roots, grads = zip(*used, strict=True)
-        found = torch.autograd.grad(roots, [*leaves, *self.wanted], grads, retain_graph=True, allow_unused=True)
+        found = torch.autograd.grad(roots, [*leaves, *self.wanted], grads, retain_graph=retain, allow_unused=True)
         for i, g in enumerate(found[len(leaves) :]):
             total[i] = plus(total[i], g)
         return list(found[: len(leaves)])

@@ -114,7 +114,7 @@ class _Undone(Replay):
         self.gradient, self.solver = gradient, gradient.method(solver)
         self.gap = gradient.gap(solver, f, z0)
         self.outputs: list[Tensor] = []
-        self.size = row_rms(z0.detach())  # of each row, the largest so far that was looked at
+        self.size = row_rms(z0.detach())  # of each row, its largest so far
         self.parted = torch.full_like(self.size, -1, dtype=torch.long)  # the step at which its pair came apart
 
     def forward(self, z0: Tensor) -> Tensor:
@@ -131,8 +131,7 @@ class _Undone(Replay):
     def _note(self, taken: Taken) -> None:
         """Record a step; the end so far takes the place of the one before."""
         self.end, (first, second, *_) = taken.after, taken.after
-        if self.gap is not None or taken.outputs:
-            self.size = torch.maximum(self.size, row_rms(first))
+        self.size = torch.maximum(self.size, row_rms(first))
         if self.gap is not None:
             apart = row_rms(first - second) > self.gap[0] * self.size + self.gap[1]
             self.parted = torch.where(apart & (self.parted < 0), len(self.steps), self.parted)
@@ -160,9 +159,10 @@ class _Undone(Replay):
             if part.output is not None:
                 drift = torch.maximum(drift, self._distance(part.output, self.outputs[position - 1]))
                 made, given, position = [*made, part.output], [*given, gradient[position]], position - 1
-            arriving, start = self.pull_back(made, given, part.before, total), part.before
+            arriving, start = self.pull_back(made, given, part.before, total, retain=part.shared), part.before
             if part.parted is not None:
                 strain = strain + self._relative(part.parted, self.size) * _growth(arriving, start)
+            del part, made, given  # and their graph, before the next is built
         for solution in start:
             drift = torch.maximum(drift, self._distance(solution, z0))
         self._check(drift, strain)

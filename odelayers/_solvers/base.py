@@ -160,13 +160,15 @@ def leaf(x: Tensor) -> Tensor:
 class Part(NamedTuple):
     """A part of a march undone: the two solutions before it, as leaves, what it makes of them, the output it passes.
 
-    `parted` is by how much the step that begins with this part has drawn coupled solutions apart.
+    `parted` is by how much the step that begins with this part has drawn coupled solutions apart. Of a `shared` graph
+    the next part uses a piece too.
     """
 
     before: State
     after: State
     output: Tensor | None = None
     parted: Tensor | None = None
+    shared: bool = False
 
 
 class Invertible(Protocol):

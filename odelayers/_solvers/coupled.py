@@ -45,11 +45,14 @@ class _Coupled:
         """
         state = end
         for step in reversed(steps):
-            last = self._undo_z(f, step, state, driver)
-            yield last
-            first = self._undo_y(f, step, last.before, driver)
-            before = first.before
-            yield first._replace(parted=(state[0] - state[1]) - self.coupling * (before[0] - before[1]))
+            part = self._undo_z(f, step, state, driver)
+            middle = part.before
+            yield part
+            del part  # and its graph, before the next is built
+            part = self._undo_y(f, step, middle, driver)
+            before = part.before
+            yield part._replace(parted=(state[0] - state[1]) - self.coupling * (before[0] - before[1]))
+            del part
             state = before
 
     def _undo_z(self, f: Evaluator, step: Step, after: State, driver: Driver) -> Part:

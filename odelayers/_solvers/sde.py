@@ -157,7 +157,11 @@ class ReversibleHeun(FixedGrid):
                 after = mirror, advance(earlier, terms, both)
                 if s is not None and s.outputs:
                     output = advance(torch.lerp(earlier, mirror, 0.5), terms, behind, 0.5)
-            yield Part((earlier, mirror), after, output)
+            # Of a rate that asks for a gradient the next part has the same factors.
+            yield Part(
+                (earlier, mirror), after, output, shared=any(torch.is_tensor(x) and x.requires_grad for x in both)
+            )
+            del terms, after, output  # and their graph, before the next is built
             mirror, later, ahead, t = earlier, mirror, behind, s.t if s is not None else t
 
 
