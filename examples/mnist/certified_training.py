@@ -1,4 +1,4 @@
-"""How M14, the certified model, is trained, and how its weights are kept: see `certified`.
+"""How M14, the certified model, is trained: see `certified`.
 
 In training the rows of W are scaled so that ||W|| <= 1 at Euler's step 2 (Prach and Lampert 2022; Araujo et al. 2023).
 The certificate does not rely on that, but on an SVD of each W as it is.
@@ -7,15 +7,9 @@ The certificate does not rely on that, but on an SVD of each W as it is.
 from __future__ import annotations
 
 import copy
-import json
-from collections.abc import Callable
-from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.functional import conv2d, normalize, pad
 from torch.nn.utils import parametrize
@@ -24,7 +18,7 @@ from .certified import CertifiedClassifier, Recipe, evaluate, linear, margins
 from .data import Dataset
 from .progress import bar
 
-__all__ = ["load", "save", "sealed", "train"]
+__all__ = ["sealed", "train"]
 
 
 class AlmostOrthogonal(nn.Module):
@@ -82,14 +76,10 @@ def sealed(model: CertifiedClassifier) -> CertifiedClassifier:
         owner, _, leaf = name.rpartition(".")
         return getattr(model.get_submodule(owner), leaf).detach().clone()
 
-    return _with_weights(model.recipe, value)
-
-
-def _with_weights(recipe: Recipe, value: Callable[[str], Tensor]) -> CertifiedClassifier:
     with torch.device("meta"):  # nothing is drawn
-        model = CertifiedClassifier(recipe)
-    model.load_state_dict({name: value(name) for name in model.state_dict()}, assign=True)
-    return model.requires_grad_(False).eval()
+        plain = CertifiedClassifier(model.recipe)
+    plain.load_state_dict({name: value(name) for name in plain.state_dict()}, assign=True)
+    return plain.requires_grad_(False).eval()
 
 
 def train(recipe: Recipe, data: Dataset, seed: int = 0) -> tuple[CertifiedClassifier, list[dict[str, Any]]]:
@@ -126,18 +116,3 @@ def train(recipe: Recipe, data: Dataset, seed: int = 0) -> tuple[CertifiedClassi
         reached = evaluate(sealed(model), data.validation)
         log.append({"epoch": epoch, "steps": steps, "loss": losses.item() / steps, "validation": reached})
     return sealed(model), log
-
-
-def save(path: Path, model: CertifiedClassifier, dtype: torch.dtype = torch.float32) -> None:
-    """Write the weights of a sealed model, rounded to `dtype`, with its recipe in the file's header (safetensors)."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    weights = {name: value.to(dtype).contiguous() for name, value in model.state_dict().items()}
-    save_file(weights, path, metadata={"recipe": json.dumps(asdict(model.recipe))})
-
-
-def load(path: Path) -> CertifiedClassifier:
-    """Read a model that `save` wrote, in float32. The certificate is that of the weights as they were rounded."""
-    with safe_open(path, framework="pt") as file:
-        recipe = json.loads(file.metadata()["recipe"])
-        tuples = {name: tuple(value) for name, value in recipe.items() if isinstance(value, list)}
-        return _with_weights(Recipe(**(recipe | tuples)), lambda name: file.get_tensor(name).float())
