@@ -154,7 +154,8 @@ def records(out: Path) -> dict[str, dict]:
 
 def table(text: str, caption: str) -> list[dict[str, str]]:
     """The rows of the Markdown table whose caption begins so, by header."""
-    lines = text.split(f"**{caption}")[1].split("\n\n")[1].splitlines()
+    parts = text.split(f"**{caption}")[1].split("\n\n")
+    lines = next(part for part in parts if part.startswith("|")).splitlines()  # a folded one has its fold before it
     header, _, *rows = ([entry.strip() for entry in line.strip("|").split(" | ")] for line in lines)
     return [dict(zip(header, row, strict=True)) for row in rows]
 

@@ -10,6 +10,7 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
+from examples.mnist.curves import curves
 from examples.mnist.records import write
 from examples.mnist.report import write_report
 from examples.mnist.results import Results
@@ -102,7 +103,7 @@ def test_other_heads_stand_beside_the_fixed_simplex(text):
 def test_each_cell_has_its_wilson_interval_and_each_caption_its_n(text):
     """The interval printed beside a share is Wilson's for the n of the caption."""
     captions = [line for line in text.splitlines() if line.startswith("**") and "(*" in line]
-    assert len(captions) == 11 and all(re.search(r"\bn\b", line) for line in captions)
+    assert len(captions) == 14 and all(re.search(r"\bn\b", line) for line in captions)
     row = table(text, "T2. Accuracy in % under L2 0.5")[0]
     for column, n in (("FGSM ce", IMAGES - 20), ("clean", IMAGES), ("black-box, worst", FEW)):
         share, low, high = map(float, re.match(r"([\d.]+) \[([\d.]+), ([\d.]+)\]", row[column]).groups())
@@ -113,7 +114,7 @@ def test_the_warnings_stand_on_every_table_and_picture(finished, text):
     """A smoke run on a stand-in for MNIST says so beside each caption, in both forms, and in its opening."""
     captions = [line for line in text.splitlines() if line.startswith("**")]
     pictures = [after.split("\n\n")[1] for after in text.split("\n![")[1:]]
-    assert len(captions) == 11 and len(pictures) == 6
+    assert len(captions) == 14 and len(pictures) == 6
     assert all(f"(*{warning}*)" in line for line in captions + pictures for warning in WARNINGS)
     page = (finished / "report.html").read_text()
     for part in (*re.findall(r'<p class="caption">.*?</p>', page), *re.findall(r"<figcaption>.*?</figcaption>", page)):
@@ -221,3 +222,28 @@ def test_a_certificate_in_a_record_is_a_table(tmp_path):
     low, high = (round(100 * end, 1) for end in wilson(0.94, IMAGES))
     assert row["model"].startswith("M0") and row["L2 0.5"] == f"94.0 [{low}, {high}]" and number(row["L2 1"]) == 80.0
     assert row["Lipschitz constant"] == "0.9877" and number(row["clean"]) > 80.0
+
+
+def test_every_group_stands_seed_by_seed_with_the_p_of_its_alarm(tmp_path):
+    """Its numbers are those of `Results`; with one seed there is no such table."""
+    out = made_up(tmp_path / "two", seeds=2)
+    results, threat = Results(out), "L2 0.5"
+    rows = table(write_report(out).read_text(), f"Every group within {threat} seed by seed")
+    assert {(row["model"].split()[0], row["seed"]) for row in rows} >= {("M4", "0"), ("M4", "1"), ("M5", "1")}
+    for row in rows:
+        name, seed = row["model"].split()[0], int(row["seed"])
+        assert number(row["worst so far"]) == pytest.approx(100 * results.worst(threat, name, seed=seed).mean, abs=0.06)
+        if (key := (threat, name, "transfer", seed)) in results.masked:
+            p, broken = results.masked[key]
+            assert f"p = {p:.1g}, {broken} more broken" in row["transfer"]
+    assert "seed by seed, accuracy" not in write_report(made_up(tmp_path / "one", seeds=1)).read_text()
+
+
+def test_the_curves_over_the_radius_are_a_table_too(finished, text):
+    """A cell is the accuracy of that probe, and at radius 0 the clean accuracy of the same images."""
+    found, rows = curves(Results(finished)), table(text, "Accuracy in % by radius")
+    assert rows and rows[0]["radius"] == "0"
+    for row in rows:
+        for name, points in found[row["norm"]].items():
+            (column,) = (title for title in row if title.split()[0] == name)
+            assert number(row[column]) == pytest.approx(dict(points)[float(row["radius"])], abs=0.06)

@@ -18,18 +18,17 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from .audits import fields
+from .curves import Lines, curves, plateaus
 from .results import WHITE_BOX, Results, mean, seconds_of
-from .scores import Scores, wilson
+from .scores import wilson
 
 __all__ = [
     "COLOURS",
     "Ground",
     "bars_figure",
     "cost_figure",
-    "curves",
     "picture",
     "picture_path",
-    "plateaus",
     "radii_figure",
     "spectra_figure",
     "steps_figure",
@@ -154,34 +153,6 @@ def _marks(
                        clip_on=False, zorder=4)  # fmt: skip
 
 
-def curves(results: Results) -> dict[str, dict[str, list[tuple[float, float]]]]:
-    """By norm and model: the accuracy, in percent, at every radius of the probes, from clean onwards."""
-    found: dict[str, dict[str, list[tuple[float, float]]]] = {}
-    for name, row, n in _probes(results, "radius"):
-        norm, eps = row["threat"].split()
-        clean = results.clean(name)
-        start = [(0.0, 100 * clean.first(n).mean)] if clean else []
-        found.setdefault(norm, {}).setdefault(name, start).append((float(eps), 100 * Scores.unpack(row).mean))
-    return {norm: {name: sorted(points) for name, points in lines.items()} for norm, lines in found.items()}
-
-
-def plateaus(results: Results) -> dict[str, dict[str, list[tuple[float, float]]]]:
-    """By threat and model: the accuracy, in percent, after every number of steps of PGD."""
-    found: dict[str, dict[str, list[tuple[float, float]]]] = {}
-    for name, row, _ in _probes(results, "steps"):
-        steps = float(row["attack"].removeprefix("PGD-").split()[0])
-        found.setdefault(row["threat"], {}).setdefault(name, []).append((steps, 100 * Scores.unpack(row).mean))
-    return {threat: {name: sorted(points) for name, points in lines.items()} for threat, lines in found.items()}
-
-
-def _probes(results: Results, kind: str) -> Iterator[tuple[str, dict[str, str], int]]:
-    for name in results.drawn:
-        record = results.record("probe", name)
-        for row in record.result["probes"] if record else ():
-            if row["probe"] == kind:
-                yield name, row, record.result["n"] if record else 0
-
-
 def radii_figure(results: Results, out: Path, ground: Ground = LIGHT) -> Path | None:
     """Accuracy against the radius of the attack, one panel per norm; None before the first probe."""
     found = curves(results)
@@ -197,7 +168,7 @@ def steps_figure(results: Results, out: Path, ground: Ground = LIGHT) -> Path | 
 
 
 def _lines(
-    results: Results, path: Path, ground: Ground, found: dict[str, dict[str, list[tuple[float, float]]]], label: str,
+    results: Results, path: Path, ground: Ground, found: dict[str, Lines], label: str,
     logarithmic: bool = False,
 ) -> Path:  # fmt: skip
     with picture(results, path, ground, 1, len(found), (9.0, 3.5), sharey=True) as (figure, panels):

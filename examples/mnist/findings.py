@@ -6,7 +6,8 @@ from scipy.stats import wasserstein_distance
 
 from .audits import fields
 from .comparisons import RULE, Comparison
-from .figures import ancestors, curves, plateaus, seconds
+from .curves import curves, plateaus
+from .figures import ancestors, seconds
 from .results import SIGNIFICANT, WHITE_BOX, Results, mean
 
 __all__ = ["accuracy", "answer", "cost", "masking", "probes", "radii", "spectra", "steps"]

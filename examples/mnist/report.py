@@ -8,8 +8,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from . import audits, figures, findings, tables
+from . import audits, figures, findings, seeds, tables
 from .comparisons import compare
+from .curves import radii_table
 from .document import Block, Code, Figure, Heading, Table, Text, markdown
 from .page import page
 from .plane_figure import plane_figure, plane_text
@@ -57,7 +58,7 @@ def blocks(results: Results, out: Path) -> list[Block]:
     """The report, block by block; pictures are drawn into `out`."""
     primary = compare(results, *results.primary)
     heads = tables.heads_table(results)
-    seeds, certified = tables.seeds_table(results), audits.certified_table(results)
+    spread, certified = seeds.seeds_table(results), audits.certified_table(results)
     found: list[Block | None] = [
         *_opening(results),
         Heading("The question asked in advance"),
@@ -75,7 +76,8 @@ def blocks(results: Results, out: Path) -> list[Block]:
         Heading("Every model under every attack"),
         _figure(results, out, "accuracy", figures.bars_figure, findings.accuracy),
         *(tables.attacks_table(results, threat) for threat in results.named("threat")),
-        seeds if seeds.rows else None,
+        spread if spread.rows else None,
+        *(seeds.groups_table(results, threat) for threat in results.named("threat")),
         *([Heading("Does the head matter?"), heads] if heads else []),
         *([Heading("Certified"), certified] if certified else []),
         Heading("Are the constraints met?"),
@@ -84,6 +86,7 @@ def blocks(results: Results, out: Path) -> list[Block]:
         _figure(results, out, "vector field", plane_figure, plane_text),
         Heading("Can the attacks be trusted?"),
         _figure(results, out, "accuracy by radius", figures.radii_figure, findings.radii),
+        radii_table(results),
         _figure(results, out, "accuracy by steps", figures.steps_figure, findings.steps),
         Text(findings.probes(results)),
         audits.probes_table(results),

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from .comparisons import Comparison, family, t_interval
+from .comparisons import Comparison, family
 from .document import Cell, Table
 from .results import NOT_PLANNED, WHITE_BOX, Results, mean
 from .scores import Scores, wilson
 
 __all__ = [
+    "Sizes",
     "attacks_table",
     "every_attack_table",
     "family_table",
@@ -19,7 +20,6 @@ __all__ = [
     "paper_table",
     "primary_table",
     "score",
-    "seeds_table",
     "share_cell",
 ]
 
@@ -113,27 +113,6 @@ def family_table(results: Results) -> Table:
 def _interval(found: tuple[float, float] | None) -> Cell:
     """A t interval in points, which sorts by its lower end."""
     return Cell(f"[{100 * found[0]:+z.1f}, {100 * found[1]:+z.1f}]", value=found[0]) if found else Cell("one seed")
-
-
-def seeds_table(results: Results) -> Table:
-    """The worst case of every model, seed by seed, where there is more than one."""
-    rows, sizes = [], Sizes()
-    for threat in results.named("threat"):
-        for name in results.named("model"):
-            seeds = [s for s in results.seeds(name) if not results.lacks(threat, name, s)]
-            groups = results.common(threat, [name], seeds)
-            each = [scores for seed in seeds if (scores := results.worst(threat, name, groups, seed))]
-            n = min(map(len, each), default=0)
-            found = [scores.first(n) for scores in each]
-            means = [scores.mean for scores in found]
-            if interval := t_interval(means):
-                sizes.score(threat, found)
-                low, high = (f"{100 * end:.1f}" for end in interval)
-                values = ", ".join(f"{100 * value:.1f}" for value in means)
-                spread = Cell(f"{100 * mean(means):.1f}", (f"[{low}, {high}]",), mean(means), strong=True)
-                rows.append([model_cell(results, name), Cell(threat), number(len(means)), spread, Cell(values)])
-    caption = f"The worst case of what all seeds have in common, accuracy in % with their t interval; {sizes}"
-    return Table(caption, ["model", "threat", "seeds", "mean", "each seed"], rows, results.warnings)
 
 
 def paper_table(results: Results) -> Table:
