@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, Self
@@ -120,6 +121,10 @@ class Clock:
     def increment(self, number: int, h: float) -> None:
         """A clock carries no noise."""
 
+    def step_factors(self, number: int, h: float) -> Factors:
+        """The factors of step `number`."""
+        return self.factors(h, None)
+
     def noise_coefficient(self, f: Evaluate, s: Time, z: Tensor) -> Tensor:
         """G(s, z) = 0."""
         return torch.zeros_like(z)
@@ -158,13 +163,13 @@ class Brownian:
 
     def increment(self, index: int, h: float, clock: Clock) -> Tensor:
         """The increment dW of step `index`, of length h in the solver's time, over the field's time that passes."""
-        if self.given is not None:
-            return self.given[index]
+        return self.given[index] if self.given is not None else clock.root(self.draw(index, 0.0, abs(h) ** 0.5))
+
+    def draw(self, index: int, mean: float, std: float) -> Tensor:
+        """Normal numbers of this mean and deviation for step `index`, the same at every call."""
         generator = torch.Generator(self.device).manual_seed(self.seeds[index])
-        dw = torch.empty(self.shape, dtype=self.dtype, device=self.device)
-        dw.normal_(std=abs(h) ** 0.5, generator=generator)
-        dw = dw if self.rows is None else dw[self.rows]
-        return clock.root(dw)
+        drawn = torch.empty(self.shape, dtype=self.dtype, device=self.device).normal_(mean, std, generator=generator)
+        return drawn if self.rows is None else drawn[self.rows]
 
     def with_tensors(self, swap: Swap) -> Brownian:
         """The same noise with given increments swapped for others."""
@@ -194,6 +199,13 @@ class _Noisy:
         """The increment dW of a step."""
         return self.noise.increment(number, h, self.clock)
 
+    def step_factors(self, number: int, h: float) -> Factors:
+        """The factors of step `number`, with its noise."""
+        return self.factors(h, self.increment(number, h))
+
+    @abstractmethod
+    def factors(self, h: float, dw: Tensor) -> Factors: ...
+
     def with_tensors(self, swap: Swap) -> Self:
         """The same driver with its tensors swapped for others."""
         return replace(self, clock=self.clock.with_tensors(swap), noise=self.noise.with_tensors(swap))
@@ -217,6 +229,12 @@ class NoisyClock(_Noisy):
     def factors(self, h: float, dw: Tensor) -> Factors:
         """What the field is multiplied by: dt + sigma dW."""
         return (self.clock.dt(h) + self.sigma * dw,)
+
+    def step_factors(self, number: int, h: float) -> Factors:
+        """What `factors` gives, drawn in one pass where nothing but the step's length scales it."""
+        if self.clock.rate is not None or self.noise.given is not None:
+            return super().step_factors(number, h)
+        return (self.noise.draw(number, h, self.sigma * abs(h) ** 0.5),)
 
     def noise_coefficient(self, f: Evaluate, s: Time, z: Tensor) -> Tensor:
         """G(s, z) = sigma f(s, z)."""
@@ -267,4 +285,5 @@ class Driver(Protocol):
     def terms(self, f: Evaluate, s: Time, z: Tensor) -> Terms: ...
     def increment(self, number: int, h: float) -> Tensor | None: ...
     def factors(self, h: float, dw: Any) -> Factors: ...
+    def step_factors(self, number: int, h: float) -> Factors: ...
     def noise_coefficient(self, f: Evaluate, s: Time, z: Tensor) -> Tensor: ...

@@ -37,7 +37,7 @@ class EulerMaruyama(FixedGrid):
 
     def step(self, f: Evaluator, s: Step, before: State, driver: Driver) -> State:
         z = before[0]
-        return (advance(z, driver.terms(f, s.t, z), _factors(s, driver)),)
+        return (advance(z, driver.terms(f, s.t, z), driver.step_factors(s.number, s.h)),)
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ class StratonovichHeun(FixedGrid):
     order, calculus = 0.5, ("stratonovich",)
 
     def step(self, f: Evaluator, s: Step, before: State, driver: Driver) -> State:
-        z, factors = before[0], _factors(s, driver)
+        z, factors = before[0], driver.step_factors(s.number, s.h)
         predicted = advance(z, driver.terms(f, s.t, z), factors)
         corrected = advance(predicted, driver.terms(f, s.t + s.h, predicted), factors)
         # z + (increment at z + increment at the prediction) / 2
@@ -130,7 +130,7 @@ class ReversibleHeun(FixedGrid):
         return (z0, z0, *driver.terms(f, t0, z0))
 
     def step(self, f: Evaluator, s: Step, before: State, driver: Driver) -> State:
-        (z, mirror, *terms), factors = before, _factors(s, driver)
+        (z, mirror, *terms), factors = before, driver.step_factors(s.number, s.h)
         middle = advance(z, terms, factors, 0.5)
         reflected = torch.lerp(mirror, middle, 2.0)  # 2 middle - mirror
         fresh = driver.terms(f, s.t + s.h, reflected)
@@ -150,7 +150,7 @@ class ReversibleHeun(FixedGrid):
             mirror, output = leaf(mirror), None
             with torch.enable_grad():
                 terms = driver.terms(f, t, mirror)
-                behind = _factors(s, driver) if s is not None else still
+                behind = driver.step_factors(s.number, s.h) if s is not None else still
                 both = tuple(a + b for a, b in zip(behind, ahead, strict=True))
             earlier = leaf(advance(later, terms, both, -1.0))
             with torch.enable_grad():
@@ -163,8 +163,3 @@ class ReversibleHeun(FixedGrid):
             )
             del terms, after, output  # and their graph, before the next is built
             mirror, later, ahead, t = earlier, mirror, behind, s.t if s is not None else t
-
-
-def _factors(s: Step, driver: Driver) -> Factors:
-    """What a step multiplies the terms of its driver by."""
-    return driver.factors(s.h, driver.increment(s.number, s.h))
