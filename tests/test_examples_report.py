@@ -179,6 +179,8 @@ def test_a_half_finished_run_draws_and_says_what_is_missing(tmp_path, done):
     assert f"> **{LOST}**" in text and "**Not answered yet**" in text
     if done in ("nothing", "trained", "no probes"):
         assert "M5" not in rows and re.search(r"T2\. .*; left out: \d of which nothing is run yet", text)
+    if done in ("nothing", "trained"):
+        assert "No attack is run yet within L2 1.5." in text and "T2. Accuracy in % under L2 1.5" not in text
     if done == "white-box":
         assert "without bypass, transfer, black-box" in rows["M5"]["worst of everything"]
         assert rows["M5"]["bypass, worst"] == "not run" and rows["M0"]["bypass, worst"] == "-"

@@ -75,7 +75,7 @@ def blocks(results: Results, out: Path) -> list[Block]:
         tables.paper_table(results),
         Heading("Every model under every attack"),
         _figure(results, out, "accuracy", figures.bars_figure, findings.accuracy),
-        *(tables.attacks_table(results, threat) for threat in results.named("threat")),
+        *_attacked(results),
         spread if spread.rows else None,
         *(seeds.groups_table(results, threat) for threat in results.named("threat")),
         *([Heading("Does the head matter?"), heads] if heads else []),
@@ -98,6 +98,16 @@ def blocks(results: Results, out: Path) -> list[Block]:
         *_method(results),
     ]
     return [_begun(block) if isinstance(block, Table) else block for block in found if block is not None]
+
+
+def _attacked(results: Results) -> list[Block]:
+    """The accuracies under attack by threat: that of the primary question, and each under which anything is run."""
+    begun = {results.primary[2], *(threat for (_, _, threat, _), _ in results.found("attack"))}
+    waiting = [threat for threat in results.named("threat") if threat not in begun]
+    found: list[Block] = [
+        tables.attacks_table(results, threat) for threat in results.named("threat") if threat in begun
+    ]
+    return [*found, Text(f"No attack is run yet within {', '.join(waiting)}.")] if waiting else found
 
 
 def _begun(table: Table) -> Table:

@@ -140,9 +140,8 @@ class AdaptiveRungeKutta(Adaptive):
         if f.programs is not None and not torch.is_grad_enabled() and len(ts) == 2:
             rtol, atol = self.tolerances(f, z0)
             before = self.start(f, ts[0], z0, driver)
-            h = self.choose_step(f, before, ts[0], ts[1], driver, norm, rtol, atol)
-            control = Control(rtol, atol, self.max_steps, SAFETY, SHRINK, GROW)
-            found = solved_loop(f, self.tableau, driver.clock, before, (ts[0], ts[1], h), control)
+            control = Control(rtol, atol, self.max_steps, SAFETY, SHRINK, GROW, self.first_step)
+            found = solved_loop(f, self.tableau, driver.clock, before, (ts[0], ts[1]), control)
             if found is not None:
                 z, accepted, tried = found
                 return Path(torch.stack([z0, z]), accepted, tried - accepted)

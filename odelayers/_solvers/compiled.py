@@ -18,6 +18,8 @@ from torch._higher_order_ops import scan, while_loop
 from odelayers._driver import Clock
 from odelayers._evaluator import Evaluator, dual, traced
 from odelayers._field import Field
+from odelayers._solvers.base import row_rms
+from odelayers._solvers.control import first_guess, second_guess
 from odelayers._solvers.tableau import Row, Tableau
 
 __all__ = ["Control", "Programs", "grid_states", "solved_loop", "step_stages"]
@@ -33,8 +35,12 @@ REMEDY = (
 _WATCHED = dynamo_config.patch(skip_nnmodule_hook_guards=False)
 
 
+# A stage enters many sums. Left alone, inductor computes its last elementwise operations again in each of them.
+_ONCE: dict[str, Any] = {"realize_opcount_threshold": 0}
+
+
 class Control(NamedTuple):
-    """The numbers of a step size control."""
+    """The numbers of a step size control; without a first step one is chosen."""
 
     rtol: float
     atol: float
@@ -42,6 +48,7 @@ class Control(NamedTuple):
     safety: float
     shrink: float
     grow: float
+    first_step: float | None
 
 
 class Programs:
@@ -71,7 +78,7 @@ class Programs:
             # dynamo keeps what it compiles with the code object, a few per object: each block has its own. Sizes and
             # numbers are constants: symbols of them do not pass into the loop.
             own = types.FunctionType(program.__code__.replace(), program.__globals__, program.__name__)
-            self._made[key] = torch.compile(own, fullgraph=True, dynamic=False)
+            self._made[key] = torch.compile(own, fullgraph=True, dynamic=False, options=_ONCE)
         compiled = self._made[key]
         tensors = ((x.shape, x.requires_grad) for x in inputs if isinstance(x, Tensor))
         call = (*key, *tensors, *(x for x in inputs if isinstance(x, bool)))
@@ -150,6 +157,20 @@ def _grid(tableau: Tableau, field: Field, clock: Clock, z: Tensor, times: Tensor
     return states
 
 
+def _first_step(
+    tableau: Tableau, field: Field, clock: Clock, z: Tensor, k: Tensor, t0: Tensor, t1: Tensor, control: Control
+) -> Tensor:
+    """Hairer's choice of the first step, as in the eager march; not finite where a row's state or slope is not."""
+    guess = first_guess(z, k, row_rms, control.rtol, control.atol)
+    h = torch.minimum(guess.h.amin().to(t0.dtype), (t1 - t0).abs())
+    ahead = (t1 - t0).sign() * h
+    there = clock.terms(field, (t0 + ahead).to(z.dtype), z + ahead.to(z.dtype) * k)[0]
+    bend = row_rms((there - k) / guess.scale) / h.to(z.dtype)
+    fastest = torch.maximum(guess.speed, bend).amax().to(t0.dtype)
+    chosen = torch.minimum(second_guess(h, fastest, tableau.order), (t1 - t0).abs())
+    return torch.where(guess.speed.amax().isfinite(), chosen, math.nan)
+
+
 def _loop(
     tableau: Tableau,
     field: Field,
@@ -158,11 +179,14 @@ def _loop(
     k: Tensor,
     t0: Tensor,
     t1: Tensor,
-    h: Tensor,
     control: Control,
 ) -> tuple[Tensor, Tensor]:
     """The final state, and (time left, steps accepted, steps tried); times and lengths are in float64."""
     way, shortest = (t1 - t0).sign(), 4 * torch.finfo(t0.dtype).eps * (t1 - t0).abs()
+    if control.first_step is None:
+        h = _first_step(tableau, field, clock, z, k, t0, t1, control)
+    else:
+        h = (t1 - t0).abs().clamp(max=control.first_step)
 
     def going(t: Tensor, h: Tensor, z: Tensor, k: Tensor, accepted: Tensor, tried: Tensor) -> Tensor:
         able = (tried < control.max_steps) & (h >= shortest) & h.isfinite() & (t + h * way != t)
@@ -233,10 +257,10 @@ def solved_loop(
     tableau: Tableau,
     clock: Clock,
     before: tuple[Tensor, ...],
-    span: tuple[float, float, float],
+    span: tuple[float, float],
     control: Control,
 ) -> tuple[Tensor, int, int] | None:
-    """The final state over span (t0, t1, first step), and the steps accepted and tried.
+    """The final state over the span (t0, t1), and the steps accepted and tried.
 
     None where it cannot be compiled or did not reach the end.
     """
@@ -245,7 +269,7 @@ def solved_loop(
     if found is None:
         return None
     left, accepted, tried = found[1].tolist()  # the solve's one host read
-    f.count(int(tried) * (len(tableau.c) - 1))
+    f.count(int(tried) * (len(tableau.c) - 1) + (control.first_step is None))
     return (found[0], int(accepted), int(tried)) if left == 0 else None
 
 
