@@ -14,7 +14,18 @@ from odelayers._checks import one_of, positive_int, positive_number
 from odelayers._driver import Driver
 from odelayers._evaluator import Evaluator, vmapped
 from odelayers._solution import SolveError, Status
-from odelayers._solvers.base import MarchingSolver, Norm, Path, State, Step, Taken, fail, nonfinite_rows, row_rms
+from odelayers._solvers.base import (
+    MarchingSolver,
+    Norm,
+    Path,
+    State,
+    Step,
+    Taken,
+    all_finite,
+    fail,
+    nonfinite_rows,
+    row_rms,
+)
 from odelayers._solvers.compiled import Control, solved_loop, step_stages
 from odelayers._solvers.control import (
     GROW,
@@ -33,11 +44,12 @@ __all__ = ["AdaptiveRungeKutta", "Dopri5", "Tsit5"]
 
 
 class Try(NamedTuple):
-    """One attempted step: its result, its stages and its length."""
+    """One attempted step: its result, its stages, its length, and its scaled error by row where that is known."""
 
     z: Tensor
     stages: Stages
     h: float
+    errors: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -101,7 +113,7 @@ class AdaptiveRungeKutta(Adaptive):
         position, rejected, tried = 1, 0, 0
         shortest = 4 * torch.finfo(torch.float64).eps * abs(t1 - t)
         stages = stages_like(self.tableau, z0)
-        size = before[0].detach().abs()
+        size: Tensor | None = None
         while (t1 - t) * way > 0:
             # A last step that would leave a sliver is stretched or clipped to end exactly at t1.
             h = (t1 - t) * way if h * 1.01 >= (t1 - t) * way else h
@@ -109,10 +121,12 @@ class AdaptiveRungeKutta(Adaptive):
             inside = ts[position] != t1 and (ts[position] - end) * way <= 0
             attempt = self.attempt(f, t, h * way, before, driver, stages, inside)
             with torch.no_grad():
-                reached_size = attempt.z.abs()
-                scale = torch.maximum(size, reached_size).add_(atol / rtol)
-                # Both are divided by rtol, which saves an operation.
-                errors = norm(attempt.stages.error(h / rtol).div_(scale))
+                errors, reached_size = attempt.errors, None
+                if errors is None:
+                    size, reached_size = before[0].abs() if size is None else size, attempt.z.abs()
+                    scale = torch.maximum(size, reached_size).add_(atol / rtol)
+                    # Both are divided by rtol, which saves an operation.
+                    errors = norm(attempt.stages.error(h / rtol).div_(scale))
                 worst = errors.amax().item()  # the step's one host read
             tried += 1
             if worst <= 1.0:
@@ -130,22 +144,23 @@ class AdaptiveRungeKutta(Adaptive):
             if tried >= self.max_steps or h < shortest or t + h * way == t:
                 if (t1 - t) * way > 0:
                     raise self.failure(f, before, attempt, errors, t, h * way, tried, driver)
-        infinite = nonfinite_rows(before[0].detach())  # whose error, relative to their size, is 0
-        if infinite.any():
+        if not all_finite(before[0].detach()):  # an infinite row's error, relative to its size, is 0
+            infinite = nonfinite_rows(before[0].detach())
             raise fail(self, f, infinite, t1, driver, Status.BLOW_UP, f"after {tried} steps tried")
 
     def integrate(self, f: Evaluator, z0: Tensor, ts: Sequence[float], driver: Driver, norm: Norm = row_rms) -> Path:
         if self.batch == "independent":
             return self.marching.integrate(f, z0, ts, driver, norm)
         if f.programs is not None and not torch.is_grad_enabled() and len(ts) == 2:
-            rtol, atol = self.tolerances(f, z0)
             before = self.start(f, ts[0], z0, driver)
-            control = Control(rtol, atol, self.max_steps, SAFETY, SHRINK, GROW, self.first_step)
-            found = solved_loop(f, self.tableau, driver.clock, before, (ts[0], ts[1]), control)
+            found = solved_loop(f, self.tableau, driver.clock, before, (ts[0], ts[1]), self._control(f, z0))
             if found is not None:
                 z, accepted, tried = found
                 return Path(torch.stack([z0, z]), accepted, tried - accepted)
         return super().integrate(f, z0, ts, driver, norm)  # step by step; where a solve fails, this says how
+
+    def _control(self, f: Evaluator, z: Tensor) -> Control:
+        return Control(*self.tolerances(f, z), self.max_steps, SAFETY, SHRINK, GROW, self.first_step)
 
     def again(self, f: Evaluator, step: Step, before: State, driver: Driver) -> tuple[State, list[Tensor]]:
         stages = stages_like(self.tableau, before[0])
@@ -166,9 +181,10 @@ class AdaptiveRungeKutta(Adaptive):
         """One step of length h from t, whatever its error."""
         at, k = before
         if f.programs is not None:
-            found = step_stages(f, self.tableau, driver.clock, at, k, t, h, inside)
+            found = step_stages(f, self.tableau, driver.clock, before, (t, h), self._control(f, at), inside)
             if found is not None:
-                return Try(found[0], Compiled(self.tableau, at, *found[1:]), h)
+                z, done, errors = found
+                return Try(z, Compiled(self.tableau, at, done), h, errors)
         stages.begin(at)
         stages.put(0, k)
         for i, c in enumerate(self.tableau.c[1:], start=1):

@@ -26,8 +26,10 @@ __all__ = [
     "Step",
     "Taken",
     "Trace",
+    "all_finite",
     "fail",
     "leaf",
+    "nonfinite_rows",
     "row_rms",
 ]
 
@@ -197,6 +199,11 @@ def fail(
         status,
         note,
     )
+
+
+def all_finite(z: Tensor) -> bool:
+    """Whether no entry is NaN or inf, by one read: each spoils the sum, and only a sum that overflows asks for more."""
+    return math.isfinite(z.sum().item()) or bool(z.isfinite().all())
 
 
 def nonfinite_rows(z: Tensor) -> Tensor:

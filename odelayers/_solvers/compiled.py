@@ -137,14 +137,24 @@ def _stages(
     return at, stages
 
 
+def _errors(
+    tableau: Tableau, z: Tensor, after: Tensor, stages: Sequence[Tensor], h: Tensor, control: Control
+) -> Tensor:
+    """The embedded error of a step by row, scaled by the tolerances: a step is taken where none is above 1."""
+    scale = torch.maximum(z.abs(), after.abs()) * control.rtol + control.atol
+    return row_rms(h * _weighted(tableau.error, stages) / scale)
+
+
 def _step(
-    tableau: Tableau, field: Field, clock: Clock, z: Tensor, k: Tensor, times: Tensor, h: Tensor, inside: bool
+    tableau: Tableau, field: Field, clock: Clock, z: Tensor, k: Tensor, times: Tensor, control: Control, inside: bool
 ) -> tuple[Tensor, list[Tensor], Tensor]:
-    at, stages = _stages(tableau, field, clock, z, k, times.unbind(0), h)
+    *at, h = times.unbind(0)
+    after, stages = _stages(tableau, field, clock, z, k, at, h)
     values = [s.detach() for s in stages]
+    errors = _errors(tableau, z.detach(), after.detach(), values, h, control)
     # A gradient reaches the stages by the last one, which the next step begins with, and by outputs inside the step:
     # where there is none, the backward pass need not be given a zero for each.
-    return at, stages if inside else [*values[:-1], stages[-1]], _weighted(tableau.error, values)
+    return after, stages if inside else [*values[:-1], stages[-1]], errors
 
 
 def _grid(tableau: Tableau, field: Field, clock: Clock, z: Tensor, times: Tensor, lengths: Tensor) -> Tensor:
@@ -172,14 +182,7 @@ def _first_step(
 
 
 def _loop(
-    tableau: Tableau,
-    field: Field,
-    clock: Clock,
-    z: Tensor,
-    k: Tensor,
-    t0: Tensor,
-    t1: Tensor,
-    control: Control,
+    tableau: Tableau, field: Field, clock: Clock, z: Tensor, k: Tensor, t0: Tensor, t1: Tensor, control: Control
 ) -> tuple[Tensor, Tensor]:
     """The final state, and (time left, steps accepted, steps tried); times and lengths are in float64."""
     way, shortest = (t1 - t0).sign(), 4 * torch.finfo(t0.dtype).eps * (t1 - t0).abs()
@@ -200,10 +203,7 @@ def _loop(
         times = [(t + c * h * way).to(z.dtype) for c in tableau.c]
         length = (h * way).to(z.dtype)
         after, stages = _stages(tableau, field, clock, z, k, times, length)
-        error = length * _weighted(tableau.error, stages)
-        scale = torch.maximum(z.abs(), after.abs()) * control.rtol + control.atol
-        rows = (error / scale).square().reshape(len(z), -1).mean(1).sqrt()
-        worst = rows.amax().to(t.dtype)
+        worst = _errors(tableau, z, after, stages, length, control).amax().to(t.dtype)
         good = worst <= 1.0
         factor = control.safety * worst.clamp(min=1e-300) ** (-1 / tableau.order)
         longer, shorter = factor.clamp(max=control.grow), factor.clamp(min=control.shrink)
@@ -226,16 +226,22 @@ def _loop(
 
 
 def step_stages(
-    f: Evaluator, tableau: Tableau, clock: Clock, z: Tensor, k: Tensor, t: float, h: float, inside: bool
+    f: Evaluator,
+    tableau: Tableau,
+    clock: Clock,
+    before: tuple[Tensor, ...],
+    span: tuple[float, float],
+    control: Control,
+    inside: bool,
 ) -> tuple[Tensor, list[Tensor], Tensor] | None:
-    """One step: its result, its stages and the embedded error over h; None where it cannot be compiled.
+    """One step over the span (t, h): its result, stages and scaled error by row; None where it cannot be compiled.
 
     `inside`: whether there are outputs inside the step, which ask the stages for a gradient.
     """
-    times = torch.tensor([t + c * h for c in tableau.c], dtype=z.dtype, device=z.device)
-    length = torch.tensor(h, dtype=z.dtype, device=z.device)
+    t, h = span
+    times = before[0].new_tensor([*(t + c * h for c in tableau.c), h])
     found: tuple[Tensor, list[Tensor], Tensor] | None = _run(
-        f, _step, tableau, f.field, clock, z, k, times, length, inside
+        f, _step, tableau, f.field, clock, *before, times, control, inside
     )
     if found is not None:
         f.count(len(tableau.c) - 1)

@@ -15,7 +15,18 @@ from odelayers._checks import positive_int
 from odelayers._driver import Driver
 from odelayers._evaluator import Evaluator, readable
 from odelayers._solution import Status
-from odelayers._solvers.base import MarchingSolver, Norm, Path, State, Step, Taken, fail, nonfinite_rows, row_rms
+from odelayers._solvers.base import (
+    MarchingSolver,
+    Norm,
+    Path,
+    State,
+    Step,
+    Taken,
+    all_finite,
+    fail,
+    nonfinite_rows,
+    row_rms,
+)
 from odelayers._solvers.compiled import grid_states
 from odelayers._solvers.stages import stages_like
 from odelayers._solvers.tableau import EULER, HEUN, MIDPOINT, RK4 as RK4_TABLEAU, Tableau
@@ -70,7 +81,7 @@ class FixedGrid(MarchingSolver):
             yield Taken(step, before, after, [after[0]] if step.outputs else [], 0)
             before = after
         # One host read a solve; under a transform, a compiler or in a CUDA graph there is none.
-        if readable(before[0]) and not bool(before[0].isfinite().all()):
+        if readable(before[0]) and not all_finite(before[0].detach()):
             self._explain(f, z0, ts, driver)
             note = "the cause is not seen when solved once more: does the field change between evaluations?"
             raise fail(self, f, nonfinite_rows(before[0]), ts[-1], driver, Status.BLOW_UP, note)
@@ -105,7 +116,7 @@ class FixedRungeKutta(FixedGrid):
             return super().integrate(f, z0, ts, driver, norm)
         (z,) = self.step(f, first, (z0,), driver)  # eagerly: the field is checked at its first evaluation
         states = grid_states(f, self.tableau, driver.clock, z, rest)
-        if states is None or not bool(states[-1].isfinite().all()):
+        if states is None or not all_finite(states[-1].detach()):
             return super().integrate(f, z0, ts, driver, norm)
         after = [z, *states.unbind(0)]
         outputs = [state for step, state in zip((first, *rest), after, strict=True) if step.outputs]

@@ -106,14 +106,11 @@ def combined(y: Tensor, stages: list[Tensor], row: Row, h: float) -> Tensor:
 
 
 class Compiled(Recorded):
-    """The stages of a step that a compiled program has taken, and the embedded error over h that it found."""
+    """The stages of a step that a compiled program has taken."""
 
-    def __init__(self, tableau: Tableau, y: Tensor, stages: list[Tensor], error: Tensor) -> None:
+    def __init__(self, tableau: Tableau, y: Tensor, stages: list[Tensor]) -> None:
         super().__init__(tableau)
-        self._y, self._stages, self._error = y, stages, error
-
-    def error(self, h: float) -> Tensor:
-        return self._error * h
+        self._y, self._stages = y, stages
 
 
 class Buffered(Stages):
