@@ -206,6 +206,25 @@ def test_a_solve_that_fails_fails_as_eagerly(solver: Any, grad: bool) -> None:
 
 @compiled
 @pytest.mark.timeout(600)
+@pytest.mark.parametrize("first_step", [None, 0.03, 50.0])
+def test_the_loop_begins_with_the_eager_first_step(first_step: float | None) -> None:
+    """Chosen inside the program, or given: steps and states are the eager solve's, both ways and from a row at rest."""
+    f, z = (lambda z: torch.sin(-z) * (z > 0)), torch.tensor([[0.3, 2.0], [0.0, 0.0]], dtype=F64)
+    solver = Dopri5(1e-7, 1e-7, first_step=first_step)
+    for t1 in (3.0, -0.5):
+        with torch.no_grad():
+            ours, eager = (block.solve(z) for block in pair(f, t1=t1, solver=solver))
+        torch.testing.assert_close(ours.final, eager.final, rtol=1e-12, atol=1e-14)
+        told = [(s.stats.nfe, s.stats.accepted, s.stats.rejected) for s in (ours, eager)]
+        assert told[0] == told[1]
+    start = torch.tensor([[0.3, 2.0], [math.nan, 0.0]], dtype=F64)
+    for block in pair(f, solver=solver):
+        with torch.no_grad(), pytest.raises(SolveError, match=r"1 row\(s\) failed \[1\]"):
+            block(start)
+
+
+@compiled
+@pytest.mark.timeout(600)
 def test_an_overflow_is_no_result_of_the_loop_either() -> None:
     """The whole solve in one graph ends at inf, with an error of 0 beside it: the eager solve says what happened."""
     ours, _ = pair(lambda z: torch.where(z > 1e38, 1e33, 0.0), t1=1e5, solver=Dopri5())
