@@ -199,6 +199,23 @@ def test_a_training_that_diverged_itself_is_lost(tmp_path):
     assert text.count(f"> **{LOST}**") == 1
 
 
+def test_records_of_two_trainings_are_told(tmp_path):
+    """Weights differ between machines: where records of one model and seed know two, the report says so at its top."""
+    out = made_up(tmp_path)
+
+    def trained_as(name: str, **config: object) -> None:
+        (path,) = out.glob(f"records/{name}-0.json")
+        record = json.loads(path.read_text())
+        write(path, {**record, "config": {**record["config"], **config}})
+
+    trained_as("clean-M3-s0", weights="a")
+    trained_as("attack-M3-l2-0.5-white-box-s0", weights="a")
+    trained_as("clean-M0-s0", weights="b")
+    assert "more than one training" not in write_report(out).read_text()
+    trained_as("attack-M3-l2-0.5-transfer-s0", weights="a", sources={"M0": "c"})
+    assert "recipe, whose weights differ by the machine: M0 (seed 0).**" in write_report(out).read_text()
+
+
 def test_the_paper_stands_beside_the_same_settings(text):
     """T1 has the paper's four rows; ours where this preset has the model, at its threat, PGD on the cross-entropy."""
     rows = table(text, "T1. The paper's table beside ours at L2 0.5")

@@ -135,6 +135,16 @@ def test_the_hand_made_masker_has_no_gradient_at_all(finished):
     assert found.record("probe", "M0").result["zero_gradients"]["margin"] == 0.0
 
 
+def test_only_what_draws_noise_is_probed_with_more_draws(finished):
+    """A noisy model's gradient is averaged over other numbers of draws too; a still one's record knows none."""
+    found = Results(finished)
+    noisy, still = found.record("probe", "M4"), found.record("probe", "M5")
+    draws = {name: [row["probe"] for row in record.result["probes"] if "draws" in row["probe"]]
+             for name, record in (("M4", noisy), ("M5", still))}  # fmt: skip
+    assert draws == {"M4": ["3 draws"], "M5": []}
+    assert "draws" in noisy["config"]["probe"] and "draws" not in still["config"]["probe"]
+
+
 def test_scores_come_back_from_their_record():
     """Counts up to the most draws, packed as one character a sample."""
     noisy = Scores(74, (0, 74, 9), (False, True, True), (1, 73, 10))

@@ -150,11 +150,13 @@ def _largest_change(adversarial: Tensor, images: Tensor, threat: Threat) -> floa
 def probe_cell(model: Victim, data: Split, suite: Suite, seed: int, what: str) -> dict[str, Any]:
     """How the attack itself behaves: gradients that are zero, radii up to accuracy 0, more steps, rescaled logits.
 
-    Where there is a solver, its error too: what was found is shown to the model solved in half the steps' length.
+    Where there is a solver, its error too: what was found is shown to the model solved in half the steps' length. Of a
+    noisy model, more and fewer draws of the noise for a gradient.
     """
     noise, probe = torch.Generator(data.images.device).manual_seed(seed), suite.probe
     view = attacked(model, suite.draws, noise)
     rescaled = {f"logits x {c:g}": _times(view, c) for c in (0.01, 100.0)}
+    eot = [(threat, n, attacked(model, n, noise)) for threat, n in probe.draws if model.noisy]
     runs: list[tuple[str, View, Threat, Method]] = [
         *(
             ("radius", view, Threat(norm, eps), PGD("margin", probe.steps[0]))
@@ -163,6 +165,7 @@ def probe_cell(model: Victim, data: Split, suite: Suite, seed: int, what: str) -
         ),
         *(("steps", view, probe.threat, PGD("margin", steps)) for steps in probe.steps),
         *((name, v, probe.threat, PGD(loss, probe.steps[0])) for name, v in rescaled.items() for loss in ("ce", "dlr")),
+        *((f"{n} draws", v, threat, PGD("margin", probe.steps[0])) for threat, n, v in eot),
     ]
     rows = []
     with bar(sum(method.ticks for *_, method in runs), what) as progress:

@@ -54,12 +54,16 @@ class Group:
 
 @dataclass(frozen=True)
 class Probe:
-    """How the attacks themselves are looked at, on the first `images` test images: radii by norm, numbers of steps."""
+    """How the attacks themselves are looked at, on the first `images` test images: radii by norm, numbers of steps.
+
+    `draws` says within which threats and over how many draws of the noise a noisy model's gradient is averaged.
+    """
 
     images: int
     threat: Threat
     radii: tuple[tuple[str, tuple[float, ...]], ...]
     steps: tuple[int, ...]
+    draws: tuple[tuple[Threat, int], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -183,7 +187,7 @@ SMOKE = replace(
     suite=Suite(
         threats=THREATS[:2],
         groups=(*_attacked(images=40, steps=5, sources=(TWIN,)), _black(images=10, queries=20)),
-        probe=Probe(20, THREATS[1], (("l2", (0.5, 3.0)),), (5, 10)),
+        probe=Probe(20, THREATS[1], (("l2", (0.5, 3.0)),), (5, 10), ((THREATS[0], 4),)),
         draws=2,
         judging_draws=8,
     ),
@@ -221,7 +225,7 @@ FULL = replace(
             _black(images=100, queries=2_000, threats=OTHER, models=MAIN),
             _black(images=100, queries=2_000, threats=PRIMARY, but=MAIN),
         ),
-        probe=Probe(500, THREATS[1], RADII, (40, 100, 1_000)),
+        probe=Probe(500, THREATS[1], RADII, (40, 100, 1_000), tuple((THREATS[0], draws) for draws in (1, 8, 64))),
         draws=8,
         judging_draws=32,
     ),

@@ -33,6 +33,8 @@ model's first seed unless they say otherwise; further seeds are attacked on fewe
 they have in common. Pictures show {drawn} of the {models} models.
 """
 
+RETRAINED = "Records of more than one training of the same recipe, whose weights differ by the machine: {}."
+
 METHOD = """
 {train:,} training, {validation:,} validation and {test:,} test images. M3 has the paper's phases: integration to
 T = 10, Adam on batches of 128, the block, then the whole net, then the block. It differs from the paper in a rate that
@@ -121,7 +123,9 @@ def _begun(table: Table) -> Table:
 def _opening(results: Results) -> list[Block]:
     preset = results.run["preset"]
     title = Heading(f"Does noise make a stable neural ODE more robust? ({results.data}, preset {preset})", 1)
-    warnings = [Text(text, warning=True) for text in (results.run.get("warning"), results.run.get("banner")) if text]
+    said = [results.run.get("warning"), results.run.get("banner")]
+    said += [RETRAINED.format(", ".join(several))] if (several := results.retrained()) else []
+    warnings = [Text(text, warning=True) for text in said if text]
     shown = {"drawn": len(results.drawn), "models": len(results.named("model"))}
     reading = Text(_line(READING.format(**shown)))
     missing, planned = results.unfinished(), len(results.cells)

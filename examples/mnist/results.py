@@ -101,6 +101,17 @@ class Results:
         own = [f"{key[0]}-{key[1]}-s{key[2]} {why}" for key in self._records if (why := self.missing(*key))]
         return list(dict.fromkeys([*own, *(cell["lost"] for cell in self.run["cells"] if cell["lost"])]))
 
+    def retrained(self) -> list[str]:
+        """Models with their seed whose records are of more than one training: on other machines weights differ."""
+        weights: dict[tuple[str, int], set[str]] = {}
+        for (_, name, seed, *_), record in self._records.items():
+            config = record["config"]
+            if "weights" in config:  # those of a training do not know its outcome
+                weights.setdefault((name, seed), set()).add(config["weights"])
+            for source, made in config.get("sources", {}).items():
+                weights.setdefault((source, seed), set()).add(made)
+        return [f"{name} (seed {seed})" for (name, seed), found in weights.items() if len(found) > 1]
+
     def kinds(self) -> list[str]:
         """The kinds of records that there are."""
         return list(dict.fromkeys(key[0] for key in self._records))

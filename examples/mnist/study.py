@@ -177,7 +177,10 @@ class Study:
 
     def _probe(self, cell: Cell, config: dict[str, Any]) -> Compute:
         suite = self.preset.suite
-        config |= {"probe": asdict(suite.probe), "draws": suite.draws, "judging_draws": suite.judging_draws}
+        probe = asdict(suite.probe)
+        if not self.preset.model(cell.model).block.noisy:
+            del probe["draws"]
+        config |= {"probe": probe, "draws": suite.draws, "judging_draws": suite.judging_draws}
         images = self.data.test.first(suite.probe.images)
         return lambda: probe_cell(self.load(cell.model, cell.seed), images, suite, config["seed"], cell.name)
 
