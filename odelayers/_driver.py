@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, Self
@@ -203,8 +202,9 @@ class _Noisy:
         """The factors of step `number`, with its noise."""
         return self.factors(h, self.increment(number, h))
 
-    @abstractmethod
-    def factors(self, h: float, dw: Tensor) -> Factors: ...
+    def factors(self, h: float, dw: Tensor) -> Factors:
+        """What each term is multiplied by in a step of length h."""
+        raise NotImplementedError
 
     def with_tensors(self, swap: Swap) -> Self:
         """The same driver with its tensors swapped for others."""
@@ -231,7 +231,7 @@ class NoisyClock(_Noisy):
         return (self.clock.dt(h) + self.sigma * dw,)
 
     def step_factors(self, number: int, h: float) -> Factors:
-        """What `factors` gives, drawn in one pass where nothing but the step's length scales it."""
+        """What `factors` gives, drawn in one pass where the noise is neither given nor scaled by an end time."""
         if self.clock.rate is not None or self.noise.given is not None:
             return super().step_factors(number, h)
         return (self.noise.draw(number, h, self.sigma * abs(h) ** 0.5),)

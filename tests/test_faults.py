@@ -108,6 +108,15 @@ def test_a_state_that_overflows_with_a_small_error_is_no_result(solver: Any) -> 
         assert found[0] == 1.0 and found[1].isnan()
 
 
+@pytest.mark.parametrize("solver", [Dopri5(), RK4(steps=4)], ids=name)
+def test_finite_states_whose_sum_overflows_are_a_result(solver: Any) -> None:
+    """Finite states are told by their sum, which these two overflow: nothing is wrong with them. With -inf there is."""
+    z = torch.full((2, 1), 3e38)
+    assert torch.equal(ODEBlock(lambda z: 0 * z.sin(), solver=solver)(z), z)
+    z[1] = -torch.inf
+    assert failure(ODEBlock(lambda z: 0 * z.sin(), solver=solver), z).rows == (1,)
+
+
 def test_a_blow_up_inside_a_noisy_solve_names_row_and_time() -> None:
     """An SDE whose drift blows up fails with the row and the time of the step."""
     z = torch.tensor([[0.0], [40.0]], dtype=torch.float64)

@@ -26,6 +26,7 @@ from odelayers import (
     TorchDiffEq,
     TorchSDE,
 )
+from odelayers._driver import Brownian, Clock, NoisyClock
 from problems import SDE_SOLVERS, TanhNet, name, slope
 
 LAMBDA, SIGMA = 0.7, 0.8
@@ -248,3 +249,12 @@ def test_reversible_heun_is_unstable_where_stratonovich_heun_is_not() -> None:
         for solver in (ReversibleHeun, StratonovichHeun)
     ]
     assert ends[0] > 1e3 and ends[1] < 1e-8
+
+
+def test_the_factor_of_a_step_in_one_pass_is_that_of_its_increment() -> None:
+    """`dt + sigma dW`, drawn at its mean and size, is what the increment of the same step makes of it, row by row."""
+    noise = Brownian("diagonal", (4, 3), F64, torch.device("cpu"), seeds=(3, 5))
+    for driver in (NoisyClock(Clock(), noise, SIGMA), NoisyClock(Clock(), noise, SIGMA).take(torch.tensor([2, 0]))):
+        for step, h in ((0, 0.25), (1, 0.01)):
+            (drawn,), (made,) = driver.step_factors(step, h), driver.factors(h, driver.increment(step, h))
+            torch.testing.assert_close(drawn, made, rtol=1e-14, atol=1e-15)

@@ -44,7 +44,7 @@ __all__ = ["AdaptiveRungeKutta", "Dopri5", "Tsit5"]
 
 
 class Try(NamedTuple):
-    """One attempted step: its result, its stages, its length, and its scaled error by row where that is known."""
+    """One attempted step: its result, its stages, its length, and where that is known its scaled error's `row_rms`."""
 
     z: Tensor
     stages: Stages
@@ -121,7 +121,7 @@ class AdaptiveRungeKutta(Adaptive):
             inside = ts[position] != t1 and (ts[position] - end) * way <= 0
             attempt = self.attempt(f, t, h * way, before, driver, stages, inside)
             with torch.no_grad():
-                errors, reached_size = attempt.errors, None
+                errors, reached_size = attempt.errors if norm is row_rms else None, None
                 if errors is None:
                     size, reached_size = before[0].abs() if size is None else size, attempt.z.abs()
                     scale = torch.maximum(size, reached_size).add_(atol / rtol)
@@ -151,16 +151,14 @@ class AdaptiveRungeKutta(Adaptive):
     def integrate(self, f: Evaluator, z0: Tensor, ts: Sequence[float], driver: Driver, norm: Norm = row_rms) -> Path:
         if self.batch == "independent":
             return self.marching.integrate(f, z0, ts, driver, norm)
-        if f.programs is not None and not torch.is_grad_enabled() and len(ts) == 2:
+        if f.programs is not None and norm is row_rms and not torch.is_grad_enabled() and len(ts) == 2:
             before = self.start(f, ts[0], z0, driver)
-            found = solved_loop(f, self.tableau, driver.clock, before, (ts[0], ts[1]), self._control(f, z0))
+            control = Control(*self.tolerances(f, z0), self.max_steps, SAFETY, SHRINK, GROW, self.first_step)
+            found = solved_loop(f, self.tableau, driver.clock, before, (ts[0], ts[1]), control)
             if found is not None:
                 z, accepted, tried = found
                 return Path(torch.stack([z0, z]), accepted, tried - accepted)
         return super().integrate(f, z0, ts, driver, norm)  # step by step; where a solve fails, this says how
-
-    def _control(self, f: Evaluator, z: Tensor) -> Control:
-        return Control(*self.tolerances(f, z), self.max_steps, SAFETY, SHRINK, GROW, self.first_step)
 
     def again(self, f: Evaluator, step: Step, before: State, driver: Driver) -> tuple[State, list[Tensor]]:
         stages = stages_like(self.tableau, before[0])
@@ -181,7 +179,7 @@ class AdaptiveRungeKutta(Adaptive):
         """One step of length h from t, whatever its error."""
         at, k = before
         if f.programs is not None:
-            found = step_stages(f, self.tableau, driver.clock, before, (t, h), self._control(f, at), inside)
+            found = step_stages(f, self.tableau, driver.clock, before, (t, h), self.tolerances(f, at), inside)
             if found is not None:
                 z, done, errors = found
                 return Try(z, Compiled(self.tableau, at, done), h, errors)

@@ -35,10 +35,6 @@ REMEDY = (
 _WATCHED = dynamo_config.patch(skip_nnmodule_hook_guards=False)
 
 
-# A stage enters many sums. Left alone, inductor computes its last elementwise operations again in each of them.
-_ONCE: dict[str, Any] = {"realize_opcount_threshold": 0}
-
-
 class Control(NamedTuple):
     """The numbers of a step size control; without a first step one is chosen."""
 
@@ -78,10 +74,10 @@ class Programs:
             # dynamo keeps what it compiles with the code object, a few per object: each block has its own. Sizes and
             # numbers are constants: symbols of them do not pass into the loop.
             own = types.FunctionType(program.__code__.replace(), program.__globals__, program.__name__)
-            self._made[key] = torch.compile(own, fullgraph=True, dynamic=False, options=_ONCE)
+            self._made[key] = torch.compile(own, fullgraph=True, dynamic=False)
         compiled = self._made[key]
         tensors = ((x.shape, x.requires_grad) for x in inputs if isinstance(x, Tensor))
-        call = (*key, *tensors, *(x for x in inputs if isinstance(x, bool)))
+        call = (*key, *tensors, *(x for x in inputs if isinstance(x, bool | Control)))
         known = self._calls.get(call)
         if compiled is None or known is False:
             return None
@@ -138,20 +134,26 @@ def _stages(
 
 
 def _errors(
-    tableau: Tableau, z: Tensor, after: Tensor, stages: Sequence[Tensor], h: Tensor, control: Control
+    tableau: Tableau,
+    z: Tensor,
+    after: Tensor,
+    stages: Sequence[Tensor],
+    h: Tensor,
+    rtol: Tensor | float,
+    atol: Tensor | float,
 ) -> Tensor:
     """The embedded error of a step by row, scaled by the tolerances: a step is taken where none is above 1."""
-    scale = torch.maximum(z.abs(), after.abs()) * control.rtol + control.atol
+    scale = torch.maximum(z.abs(), after.abs()) * rtol + atol
     return row_rms(h * _weighted(tableau.error, stages) / scale)
 
 
 def _step(
-    tableau: Tableau, field: Field, clock: Clock, z: Tensor, k: Tensor, times: Tensor, control: Control, inside: bool
+    tableau: Tableau, field: Field, clock: Clock, z: Tensor, k: Tensor, numbers: Tensor, inside: bool
 ) -> tuple[Tensor, list[Tensor], Tensor]:
-    *at, h = times.unbind(0)
-    after, stages = _stages(tableau, field, clock, z, k, at, h)
+    *times, h, rtol, atol = numbers.unbind(0)
+    after, stages = _stages(tableau, field, clock, z, k, times, h)
     values = [s.detach() for s in stages]
-    errors = _errors(tableau, z.detach(), after.detach(), values, h, control)
+    errors = _errors(tableau, z.detach(), after.detach(), values, h, rtol, atol)
     # A gradient reaches the stages by the last one, which the next step begins with, and by outputs inside the step:
     # where there is none, the backward pass need not be given a zero for each.
     return after, stages if inside else [*values[:-1], stages[-1]], errors
@@ -203,7 +205,7 @@ def _loop(
         times = [(t + c * h * way).to(z.dtype) for c in tableau.c]
         length = (h * way).to(z.dtype)
         after, stages = _stages(tableau, field, clock, z, k, times, length)
-        worst = _errors(tableau, z, after, stages, length, control).amax().to(t.dtype)
+        worst = _errors(tableau, z, after, stages, length, control.rtol, control.atol).amax().to(t.dtype)
         good = worst <= 1.0
         factor = control.safety * worst.clamp(min=1e-300) ** (-1 / tableau.order)
         longer, shorter = factor.clamp(max=control.grow), factor.clamp(min=control.shrink)
@@ -231,7 +233,7 @@ def step_stages(
     clock: Clock,
     before: tuple[Tensor, ...],
     span: tuple[float, float],
-    control: Control,
+    tolerances: tuple[float, float],
     inside: bool,
 ) -> tuple[Tensor, list[Tensor], Tensor] | None:
     """One step over the span (t, h): its result, stages and scaled error by row; None where it cannot be compiled.
@@ -239,9 +241,9 @@ def step_stages(
     `inside`: whether there are outputs inside the step, which ask the stages for a gradient.
     """
     t, h = span
-    times = before[0].new_tensor([*(t + c * h for c in tableau.c), h])
+    numbers = before[0].new_tensor([*(t + c * h for c in tableau.c), h, *tolerances])
     found: tuple[Tensor, list[Tensor], Tensor] | None = _run(
-        f, _step, tableau, f.field, clock, *before, times, control, inside
+        f, _step, tableau, f.field, clock, *before, numbers, inside
     )
     if found is not None:
         f.count(len(tableau.c) - 1)
