@@ -216,6 +216,18 @@ def test_records_of_two_trainings_are_told(tmp_path):
     assert "recipe, whose weights differ by the machine: M0 (seed 0).**" in write_report(out).read_text()
 
 
+def test_an_attack_that_finds_less_with_more_steps_is_told(tmp_path):
+    """What forty steps find a thousand should: the caption names a model whose accuracy rises with them."""
+    out = made_up(tmp_path)
+    assert "its gradient does not lead there" not in write_report(out).read_text()
+    (path,) = out.glob("records/probe-M4-s0-0.json")
+    record = json.loads(path.read_text())
+    first, last = (row for row in record["result"]["probes"] if row["probe"] == "steps")
+    first["attack"], last["attack"] = last["attack"], first["attack"]
+    write(path, record)
+    assert "it rises for M4 SODEF_0.9, by " in write_report(out).read_text()
+
+
 def test_the_paper_stands_beside_the_same_settings(text):
     """T1 has the paper's four rows; ours where this preset has the model, at its threat, PGD on the cross-entropy."""
     rows = table(text, "T1. The paper's table beside ours at L2 0.5")

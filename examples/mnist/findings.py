@@ -106,6 +106,11 @@ def steps(results: Results) -> str:
         parts.append(
             f"from {few:g} to {many:g} steps at {threat} the accuracy falls most for {results.called(name)}, by "
             f"{drops[name]:.1f} points"
+            + "".join(
+                f"; it rises for {results.called(n)}, by {-drop:.1f}: its gradient does not lead there"
+                for n, drop in drops.items()
+                if drop < -1
+            )
         )
     return f"PGD with more steps: {'; '.join(parts)}."
 
