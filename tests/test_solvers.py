@@ -127,7 +127,7 @@ def test_continuous_extensions_have_order_four(method: str) -> None:
             tuple(w / theta for w in tableau.dense_weights(theta)),
             4,
         )
-        assert max(order_conditions(scaled, scaled.b, 4)) < 1e-12
+        assert max(order_conditions(scaled, scaled.b, 4)) < 1e-11  # of terms up to 1e3, whose rounding is the CPU's
 
 
 @pytest.mark.parametrize("way", [1, -1], ids=["increasing", "decreasing"])
