@@ -198,14 +198,6 @@ class _Noisy:
         """The increment dW of a step."""
         return self.noise.increment(number, h, self.clock)
 
-    def step_factors(self, number: int, h: float) -> Factors:
-        """The factors of step `number`, with its noise."""
-        return self.factors(h, self.increment(number, h))
-
-    def factors(self, h: float, dw: Tensor) -> Factors:
-        """What each term is multiplied by in a step of length h."""
-        raise NotImplementedError
-
     def with_tensors(self, swap: Swap) -> Self:
         """The same driver with its tensors swapped for others."""
         return replace(self, clock=self.clock.with_tensors(swap), noise=self.noise.with_tensors(swap))
@@ -233,7 +225,7 @@ class NoisyClock(_Noisy):
     def step_factors(self, number: int, h: float) -> Factors:
         """What `factors` gives, drawn in one pass where the noise is neither given nor scaled by an end time."""
         if self.clock.rate is not None or self.noise.given is not None:
-            return super().step_factors(number, h)
+            return self.factors(h, self.increment(number, h))
         return (self.noise.draw(number, h, self.sigma * abs(h) ** 0.5),)
 
     def noise_coefficient(self, f: Evaluate, s: Time, z: Tensor) -> Tensor:
@@ -264,6 +256,10 @@ class Diffusion(_Noisy):
     def factors(self, h: float, dw: Tensor) -> Factors:
         """What drift and diffusion are multiplied by: dt, as the clock counts it, and dW."""
         return (*self.clock.factors(h, None), dw)
+
+    def step_factors(self, number: int, h: float) -> Factors:
+        """The factors of step `number`, with its noise."""
+        return self.factors(h, self.increment(number, h))
 
     def noise_coefficient(self, f: Evaluate, s: Time, z: Tensor) -> Tensor:
         """G(s, z) = g(t(s), z)."""
