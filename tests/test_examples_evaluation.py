@@ -93,7 +93,7 @@ def test_the_adjoint_route_has_the_models_values_and_nearly_its_gradient():
     """Solved backwards, the gradient of a mild field is the own one up to the tolerance; the block keeps its own."""
     torch.manual_seed(0)
     model = Classifier((2, 2, 4), Block("ode", t1=2.0)).eval().requires_grad_(False)
-    assert model.routes == ("identity", 0.2, "adjoint")
+    assert model.routes == ("identity", 0.2) and model.spec.has_adjoint
     view, other = attacked(model, 1, generator()), surrogate(model, "adjoint", 1, generator())
     assert torch.equal(other(IMAGES), view(IMAGES))
     own, _ = input_gradient(view, IMAGES, LABELS, "margin")
@@ -118,8 +118,8 @@ def test_a_gradient_that_the_adjoint_gets_wrong_is_still_followed():
 
 
 def test_a_noisy_block_has_no_adjoint_route(noisy):
-    """Euler-Maruyama has no adjoint: the route is not among the model's, and asking for it says why."""
-    assert noisy.routes == ("identity", 0.2)
+    """Euler-Maruyama has no adjoint: no group asks for it, and asking for it says why."""
+    assert not noisy.spec.has_adjoint
     with pytest.raises(ValueError, match=r"EulerMaruyama\(steps=4\) has no adjoint"):
         surrogate(noisy, "adjoint", 1, generator())
 

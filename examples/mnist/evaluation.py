@@ -15,7 +15,7 @@ from .accuracy import states
 from .attacks import PGD, AutoAttack, Best, Counted, Method, Model as View, Threat, Transfer, input_gradient, perturb
 from .certified import CertifiedClassifier, evaluate
 from .data import Split
-from .models import QUIET, Classifier, attacked, surrogate
+from .models import ADJOINT, QUIET, Classifier, attacked, surrogate
 from .presets import Group, Suite
 from .progress import bar
 from .scores import Scores
@@ -120,10 +120,9 @@ def _shown(view: View, data: Split, made: Tensor) -> Tensor:
 def _plan(model: Victim, group: Group, draws: int, noise: torch.Generator) -> Plan:
     """Every attack by name, with what its gradient comes from; None for the model itself, or for no gradient."""
     sources: dict[str, View | None] = {"": None}
-    if group.gradient == "around":
-        sources = {route_name(r): surrogate(model, r, draws, noise) for r in model.routes}
-    if group.gradient == "quiet":
-        sources = {route_name(QUIET): surrogate(model, QUIET, draws, noise)}
+    if group.gradient != "own":
+        detours = {"around": model.routes, "adjoint": (ADJOINT,), "quiet": (QUIET,)}[group.gradient]
+        sources = {route_name(route): surrogate(model, route, draws, noise) for route in detours}
     return [
         (f"{method} {source}".strip(), method, view)
         for source, view in sources.items()

@@ -33,7 +33,7 @@ from odelayers.heads import Head
 
 from .features import DIM, EXTRACTORS, Features
 
-__all__ = ["Block", "Classifier", "Features", "RandomTimeODEBlock", "attacked", "surrogate"]
+__all__ = ["ADJOINT", "QUIET", "Block", "Classifier", "Features", "RandomTimeODEBlock", "attacked", "surrogate"]
 
 CLASSES = 10
 IDENTITY, ADJOINT, QUIET = "identity", "adjoint", "noiseless solve"
@@ -121,6 +121,11 @@ class Block:
         """Whether two evaluations differ."""
         return self.kind in ("sde", "random_time") and self.p > 0 and self.noise_at_test
 
+    @property
+    def has_adjoint(self) -> bool:
+        """Whether its solver is one that the adjoint goes back with."""
+        return self.kind in ("ode", "random_time")
+
 
 def _ode(spec: Block) -> nn.Module:
     f, solver = FIELDS[spec.field](DIM + spec.extra), Dopri5(rtol=spec.tolerance, atol=spec.tolerance)
@@ -187,13 +192,10 @@ class Classifier(nn.Module):
 
     @property
     def routes(self) -> tuple[str | float, ...]:
-        """The ways around the block's own gradient.
-
-        They are the identity, for a solver a tenth of the end time, and the adjoint where the solver has one.
-        """
+        """The ways around the block's own gradient: the identity, and for a solver a tenth of the end time."""
         if self.spec.kind not in SOLVED:
             return () if self.spec.kind == "none" else (IDENTITY,)
-        return (IDENTITY, self.spec.t1 / 10, *([ADJOINT] if ANY_DRIFT.accepts(self.block.solver) else []))
+        return (IDENTITY, self.spec.t1 / 10)
 
     def end(self, z: Tensor, generator: torch.Generator | None = None, t1: float | None = None) -> Tensor:
         """The block's end state (B, 64) from `z`; noise comes from `generator`, and `t1` replaces the end time."""

@@ -19,8 +19,9 @@ NO_EVIDENCE = "a smoke run, not evidence"
 class Group:
     """Attacks that are run and recorded together on the first `images` test images (None: all of them).
 
-    `gradient` says where their gradients come from: the model's "own", "around" the block on each of its routes, that
-    of a noisy model made "quiet", or "others", the models named in `sources`, of which "twin" is the model's own.
+    `gradient` says where their gradients come from: the model's "own", "around" the block on each of its routes, its
+    "adjoint", that of a noisy model made "quiet", or "others", the models named in `sources`, of which "twin" is the
+    model's own.
     `models` and `threats` name those that the group is for (None: all), `but` models that it is not for.
     """
 
@@ -35,7 +36,7 @@ class Group:
     but: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.gradient not in (known := ("own", "around", "quiet", "others")):
+        if self.gradient not in (known := ("own", "around", "adjoint", "quiet", "others")):
             raise ValueError(f"Group.gradient: expected one of {known}, got {self.gradient!r}")
         if len(names := [str(attack) for attack in self.attacks]) > len(set(names)):
             raise ValueError(f"Group {self.name}: two attacks have one name, and one of them would be lost: {names}")
@@ -43,7 +44,10 @@ class Group:
     def covers(self, model: Model, threat: Threat) -> bool:
         """Whether this model is attacked so within this threat."""
         named = (self.models is None or model.name in self.models) and model.name not in self.but
-        able = {"around": model.goes_around, "quiet": model.block.noisy, "others": bool(self.others(model))}
+        able = {
+            "around": model.goes_around, "adjoint": model.block.has_adjoint, "quiet": model.block.noisy,
+            "others": bool(self.others(model)),
+        }  # fmt: skip
         return named and able.get(self.gradient, True) and (self.threats is None or str(threat) in self.threats)
 
     def others(self, model: Model) -> tuple[str, ...]:
@@ -144,17 +148,19 @@ RADII = (("l2", (0.25, 0.5, 1.0, 1.5, 2.0, 3.0, 5.0)), ("linf", (0.02, 0.05, 0.1
 
 
 def _attacked(
-    images: int | None, steps: int, sources: tuple[str, ...], threats: tuple[str, ...] | None = None
+    images: int | None, steps: int, sources: tuple[str, ...], threats: tuple[str, ...] | None = None, *, back: int
 ) -> tuple[Group, ...]:
-    """White-box, bypass, the gradient of a noisy model's noiseless solve, and transfer.
+    """White-box, bypass, the gradients of the adjoint and of a noisy model's noiseless solve, and transfer.
 
-    Steps of a quarter of the radius find more than short ones where many are taken, and less where few are.
+    Steps of a quarter of the radius find more than short ones where many are taken, and less where few are. The adjoint
+    takes several times as long as all else and finds least: it goes `back` on so many images alone.
     """
     half = max(1, steps // 2)
     own, around = PGD("margin", steps, rate=steps / 4), PGD("margin", half, rate=half / 4)
     return (
         Group("white-box", (FGSM, PGD("ce", steps), own), images, threats=threats),
         Group("bypass", (around,), images, "around", threats=threats),
+        Group("adjoint", (around,), back, "adjoint", threats=threats),
         Group("noise-off", (own,), images, "quiet", threats=threats),
         Group("transfer", (Transfer(PGD("margin", steps)),), images, "others", sources, threats=threats),
     )
@@ -173,7 +179,7 @@ QUICK = Preset(
     models=_models(features=3, fresh=(1, 1, 1), longer=3),
     suite=Suite(
         threats=THREATS,
-        groups=(*_attacked(images=400, steps=40, sources=(TWIN,)), _black(images=50, queries=500)),
+        groups=(*_attacked(images=400, steps=40, sources=(TWIN,), back=100), _black(images=50, queries=500)),
         probe=Probe(100, THREATS[1], (("l2", (0.5, 1.5, 3.0)), ("linf", (0.05, 0.1, 0.3))), (40, 200)),
         draws=8,
         judging_draws=32,
@@ -186,7 +192,7 @@ SMOKE = replace(
     models=_models(features=2, fresh=(1, 1, 1), longer=1),
     suite=Suite(
         threats=THREATS[:2],
-        groups=(*_attacked(images=40, steps=5, sources=(TWIN,)), _black(images=10, queries=20)),
+        groups=(*_attacked(images=40, steps=5, sources=(TWIN,), back=10), _black(images=10, queries=20)),
         probe=Probe(20, THREATS[1], (("l2", (0.5, 3.0)),), (5, 10), ((THREATS[0], 4),)),
         draws=2,
         judging_draws=8,
@@ -214,13 +220,13 @@ FULL = replace(
         threats=(*THREATS, Threat("linf", 0.3)),
         groups=(
             # The threat of the primary comparison on the whole test set, more restarts and all else on a part.
-            *_attacked(images=None, steps=40, sources=SOURCES, threats=PRIMARY),
+            *_attacked(images=None, steps=40, sources=SOURCES, threats=PRIMARY, back=1_000),
             Group("white-box, restarts", (OWN, PGD("dlr", 40, 2, rate=10)), 1_000, threats=PRIMARY, models=MAIN),
             _black(images=500, queries=2_000, threats=PRIMARY, models=MAIN),
             # The standard version is for what is deterministic, "rand" for what draws noise.
             Group("AutoAttack", (AutoAttack("standard"),), 1_000, threats=PRIMARY, models=STILL, once=True),
             Group("AutoAttack, rand", (AutoAttack("rand"),), 1_000, threats=PRIMARY, models=("M4",), once=True),
-            *_attacked(images=1_000, steps=40, sources=SOURCES, threats=OTHER),
+            *_attacked(images=1_000, steps=40, sources=SOURCES, threats=OTHER, back=200),
             Group("AutoAttack, L-inf", (AutoAttack("standard"),), 1_000, threats=("L-inf 0.3",), models=ROBUST),
             _black(images=100, queries=2_000, threats=OTHER, models=MAIN),
             _black(images=100, queries=2_000, threats=PRIMARY, but=MAIN),

@@ -23,11 +23,11 @@ EMPTY = ("not run", NOT_PLANNED, "0", "")  # what the cells of a row say of whic
 READING = """
 Brackets hold Wilson 95 % intervals over the images. Accuracy under attack is judged on the model itself, with its
 noise on; of a model that draws noise it is the mean over draws, and *vote* is the accuracy of its most frequent
-answer. *White-box* attacks use the model's own gradient, *bypass* attacks one that goes around the block,
-*noise-off* attacks that of the same block solved without its noise, *transfer* attacks one of another model,
-*black-box* attacks none. **The robustness reported is the worst of
-everything**, sample by sample; a sample is judged over the attacks that were run on it, as some are run on the
-first images alone. A model is *masked* where attacks without its own gradient break significantly more (paired
+answer. *White-box* attacks use the model's own gradient, *bypass* attacks one that goes around the block, *adjoint*
+attacks the one that is solved for backwards, *noise-off* attacks that of the same block solved without its noise,
+*transfer* attacks one of another model, *black-box* attacks none. **The robustness reported is the worst of
+everything**, sample by sample; a sample is judged over the attacks that were run on it, as some are run on the first
+images alone. A model is *masked* where attacks without its own gradient break significantly more (paired
 McNemar, Holm-corrected over the groups and seeds of the model within the threat). Numbers and pictures are of a
 model's first seed unless they say otherwise; further seeds are attacked on fewer images, and stand in tables of what
 they have in common. Pictures show {drawn} of the {models} models.
