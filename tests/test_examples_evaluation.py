@@ -117,6 +117,13 @@ def test_a_gradient_that_the_adjoint_gets_wrong_is_still_followed():
         checked(z).sum().backward()
 
 
+@pytest.mark.parametrize("block", [Block("none"), Block("ode"), Block("random_time", p=0.1), Block("staircase"), NOISY])
+def test_a_block_has_an_adjoint_where_its_solver_has_one(block):
+    """What is said of a block as data is what `Adjoint` says of the solver that it is built with."""
+    solver = getattr(block.build(), "solver", None)
+    assert block.has_adjoint == (solver is not None and Adjoint().accepts(solver))
+
+
 def test_a_noisy_block_has_no_adjoint_route(noisy):
     """Euler-Maruyama has no adjoint: no group asks for it, and asking for it says why."""
     assert not noisy.spec.has_adjoint
