@@ -219,7 +219,7 @@ def test_records_of_two_trainings_are_told(tmp_path):
 def test_an_attack_that_finds_less_with_more_steps_is_told(tmp_path):
     """What forty steps find a thousand should: the caption names a model whose accuracy rises with them."""
     out = made_up(tmp_path)
-    assert "its gradient does not lead there" not in write_report(out).read_text()
+    assert "more and shorter steps find less there" not in write_report(out).read_text()
     (path,) = out.glob("records/probe-M4-s0-0.json")
     record = json.loads(path.read_text())
     first, last = (row for row in record["result"]["probes"] if row["probe"] == "steps")
@@ -266,7 +266,7 @@ def test_every_group_stands_seed_by_seed_with_the_p_of_its_alarm(tmp_path):
         assert number(row["worst so far"]) == pytest.approx(100 * results.worst(threat, name, seed=seed).mean, abs=0.06)
         if (key := (threat, name, "transfer", seed)) in results.masked:
             p, broken = results.masked[key]
-            assert f"p = {p:.1g}, {broken} more broken" in row["transfer"]
+            assert f"p = {p:.1g}, {broken} fall to it alone" in row["transfer"]
     assert "seed by seed, accuracy" not in write_report(made_up(tmp_path / "one", seeds=1)).read_text()
 
 

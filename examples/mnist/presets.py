@@ -153,7 +153,7 @@ def _attacked(
     """White-box, bypass, the gradients of the adjoint and of a noisy model's noiseless solve, and transfer.
 
     Steps of a quarter of the radius find more than short ones where many are taken, and less where few are. The adjoint
-    takes several times as long as all else and finds least: it goes `back` on so many images alone.
+    takes four times as long as another way around and finds less: it goes `back` on so many images alone.
     """
     half = max(1, steps // 2)
     own, around = PGD("margin", steps, rate=steps / 4), PGD("margin", half, rate=half / 4)

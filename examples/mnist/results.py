@@ -167,12 +167,11 @@ class Results:
         return lacking + ["clean"] * (self.missing("clean", name, seed) is not None)
 
     def shown(self, threat: str, name: str) -> list[int]:
-        """The seed that a row of a table is about: the first that is complete, else the first begun; it may be none.
+        """The seed that a row of a table is about, the first that was attacked; it may be none.
 
         Further seeds are attacked on fewer images, and by fewer attacks: they are together in tables of their own.
         """
-        begun = [seed for seed in self.seeds(name) if self.worst(threat, name, seed=seed)]
-        return ([seed for seed in begun if not self.lacks(threat, name, seed)] or begun)[:1]
+        return [seed for seed in self.seeds(name) if self.worst(threat, name, seed=seed)][:1]
 
     def common(self, threat: str, names: Sequence[str], seeds: Sequence[int]) -> list[str]:
         """The groups of attacks that are planned for all these models and seeds."""
@@ -195,7 +194,7 @@ class Results:
     @property
     def masked(self) -> dict[tuple[str, str, str, int], tuple[float, int]]:
         """By threat, model, group and seed: p of "white-box leaves samples right that these attacks break", and how
-        many these are.
+        many do so; those that only white-box breaks count against them in p.
 
         Corrected (Holm) over the groups and seeds of a model within a threat: an alarm must not grow duller with every
         other model. Only the samples that the group was run on are compared.

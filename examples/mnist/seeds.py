@@ -15,8 +15,8 @@ def seeds_table(results: Results) -> Table:
     rows, sizes = [], Sizes()
     for threat in results.named("threat"):
         for name in results.named("model"):
-            seeds = [s for s in results.seeds(name) if not results.lacks(threat, name, s)]
-            groups = results.common(threat, [name], seeds)
+            groups = results.common(threat, [name], results.seeds(name))
+            seeds = [s for s in results.seeds(name) if not {*groups, "clean"} & {*results.lacks(threat, name, s)}]
             each = [scores for seed in seeds if (scores := results.worst(threat, name, groups, seed))]
             n = min(map(len, each), default=0)
             found = [scores.first(n) for scores in each]
@@ -42,7 +42,10 @@ def groups_table(results: Results, threat: str) -> Table | None:
             cells = [_group(results, threat, name, group, seed) for group in groups]
             ends = [score([scores] if scores else []) for scores in (clean, worst)]
             rows.append([model_cell(results, name), number(seed), ends[0], *cells, ends[1]])
-    caption = f"Every group within {threat} seed by seed, accuracy in %; n is in the cells, p is that of the alarm"
+    caption = (
+        f"Every group within {threat} seed by seed, accuracy in %; n is in the cells, p is that of the alarm, with the "
+        "images that stand under the model's own gradient and fall here"
+    )
     header = ["model", "seed", "clean", *groups, "worst so far"]
     return Table(caption, header, rows, results.warnings, folded=True) if several else None
 
@@ -52,5 +55,5 @@ def _group(results: Results, threat: str, name: str, group: str, seed: int) -> C
     if scores is None:
         return Cell(NOT_PLANNED)
     alarm = results.masked.get((threat, name, group, seed))
-    more = (f"p = {alarm[0]:.1g}, {alarm[1]} more broken",) if alarm else ()
+    more = (f"p = {alarm[0]:.1g}, {alarm[1]} fall to it alone",) if alarm else ()
     return Cell(f"{100 * scores.mean:.1f}", (f"n = {len(scores):,}", *more), scores.mean)

@@ -212,11 +212,11 @@ def _attacked(
 
 def _flag(results: Results, threat: str, name: str) -> Cell:
     """Whether attacks without the model's own gradient break more, by the smallest p of all groups and seeds."""
-    tested = [found for (t, n, _, _), found in results.masked.items() if (t, n) == (threat, name)]
+    tested = [(*found, seed) for (t, n, _, seed), found in results.masked.items() if (t, n) == (threat, name)]
     if not tested:
         return Cell(NOT_PLANNED)
-    groups, (p, broken) = results.is_masked(threat, name), min(tested)
-    small = (*(f"by {group}" for group in groups), f"p = {p:.2g}", f"{broken} more broken")
+    groups, (p, broken, seed) = results.is_masked(threat, name), min(tested)
+    small = (*(f"by {group}" for group in groups), f"p = {p:.2g} (seed {seed})", f"{broken} fall to it alone")
     return Cell("masked" if groups else "no", small, p, strong=bool(groups))
 
 
