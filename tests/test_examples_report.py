@@ -216,8 +216,17 @@ def test_records_of_two_trainings_are_told(tmp_path):
     assert "recipe, whose weights differ by the machine: M0 (seed 0).**" in write_report(out).read_text()
 
 
+def test_a_row_is_of_the_first_seed_also_where_a_later_one_is_complete(tmp_path):
+    """The first seed of all models stands side by side, on the same images, and says what it lacks."""
+    lacks = ("attack", "M5", 0, "black-box")
+    has = lambda cell: (cell.kind, cell.model, cell.seed, cell.group and cell.group.name) != lacks  # noqa: E731
+    results = Results(made_up(tmp_path, seeds=2, has=has))
+    assert results.lacks("L2 0.5", "M5", 0) == ["black-box"] and not results.lacks("L2 0.5", "M5", 1)
+    assert results.shown("L2 0.5", "M5") == results.shown("L2 0.5", "M4") == [0]
+
+
 def test_an_attack_that_finds_less_with_more_steps_is_told(tmp_path):
-    """What forty steps find a thousand should: the caption names a model whose accuracy rises with them."""
+    """The caption names a model whose accuracy rises with more and shorter steps."""
     out = made_up(tmp_path)
     assert "more and shorter steps find less there" not in write_report(out).read_text()
     (path,) = out.glob("records/probe-M4-s0-0.json")

@@ -21,8 +21,7 @@ class Group:
 
     `gradient` says where their gradients come from: the model's "own", "around" the block on each of its routes, its
     "adjoint", that of a noisy model made "quiet", or "others", the models named in `sources`, of which "twin" is the
-    model's own.
-    `models` and `threats` name those that the group is for (None: all), `but` models that it is not for.
+    model's own. `models` and `threats` name those that the group is for (None: all), `but` models that it is not for.
     """
 
     name: str
