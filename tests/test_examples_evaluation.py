@@ -8,9 +8,10 @@ import pytest
 import torch
 from scipy.stats import binomtest
 
-from examples.mnist import data
+from examples.mnist import data, evaluation
 from examples.mnist.attacks import input_gradient
 from examples.mnist.models import QUIET, Block, Classifier, attacked, surrogate
+from examples.mnist.presets import PRESETS
 from examples.mnist.scores import Scores, holm, mcnemar, wilson, worst
 from odelayers import Adjoint, Backprop, GradientError, ODEBlock
 
@@ -151,3 +152,19 @@ def test_the_worst_case_is_chosen_by_draws_that_do_not_count():
     assert worst([first, second]) == Scores(4, (1, 0, 3), (False, False, True), (1, 0, 2))
     lucky = Scores(4, (2, 2, 2), (True, True, True), (0, 1, 3))
     assert worst([first, lucky]) == Scores(4, (2, 0, 3), (True, False, True), (0, 0, 2))
+
+
+def test_probes_look_at_the_attack_of_the_tables(noisy, monkeypatch):
+    """At every radius PGD on the margin is the white-box group's own; more steps are as long as those."""
+    suite, tried = PRESETS["full"].suite, []
+
+    def kept(view, images, labels, threat, method, *rest, **options):
+        tried.append(method)
+        return images
+
+    monkeypatch.setattr(evaluation, "perturb", kept)
+    evaluation.probe_cell(noisy, DIGITS.first(2), suite, 0, "probes")
+    (own,) = (attack for attack in suite.groups[0].attacks if attack.loss == "margin")
+    margins = [method for method in tried if method.loss == "margin"]
+    assert len(margins) == 13 + 3 + 3 and margins.count(own) == 13 + 1 + 3
+    assert {method.rate / method.steps for method in tried} == {own.rate / own.steps}

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from odelayers import check_stability, spectrum
 
 from .accuracy import states
-from .attacks import PGD, AutoAttack, Best, Counted, Method, Model as View, Threat, Transfer, input_gradient, perturb
+from .attacks import AutoAttack, Best, Counted, Method, Model as View, Threat, Transfer, input_gradient, perturb
 from .certified import CertifiedClassifier, evaluate
 from .data import Split
 from .models import ADJOINT, QUIET, Classifier, attacked, surrogate
-from .presets import Group, Suite
+from .presets import Group, Suite, long_steps
 from .progress import bar
 from .scores import Scores
 
@@ -156,15 +156,12 @@ def probe_cell(model: Victim, data: Split, suite: Suite, seed: int, what: str) -
     view = attacked(model, suite.draws, noise)
     rescaled = {f"logits x {c:g}": _times(view, c) for c in (0.01, 100.0)}
     eot = [(threat, n, attacked(model, n, noise)) for threat, n in probe.draws if model.noisy]
+    margin, ce, dlr = (long_steps(loss, probe.steps[0]) for loss in ("margin", "ce", "dlr"))
     runs: list[tuple[str, View, Threat, Method]] = [
-        *(
-            ("radius", view, Threat(norm, eps), PGD("margin", probe.steps[0]))
-            for norm, radii in probe.radii
-            for eps in radii
-        ),
-        *(("steps", view, probe.threat, PGD("margin", steps)) for steps in probe.steps),
-        *((name, v, probe.threat, PGD(loss, probe.steps[0])) for name, v in rescaled.items() for loss in ("ce", "dlr")),
-        *((f"{n} draws", v, threat, PGD("margin", probe.steps[0])) for threat, n, v in eot),
+        *(("radius", view, Threat(norm, eps), margin) for norm, radii in probe.radii for eps in radii),
+        *(("steps", view, probe.threat, long_steps("margin", steps)) for steps in probe.steps),
+        *((name, scaled, probe.threat, method) for name, scaled in rescaled.items() for method in (ce, dlr)),
+        *((f"{n} draws", averaged, threat, margin) for threat, n, averaged in eot),
     ]
     rows = []
     with bar(sum(method.ticks for *_, method in runs), what) as progress:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from scipy.stats import wasserstein_distance
 
-from .attacks import PGD
 from .audits import fields
 from .comparisons import RULE, Comparison
 from .curves import curves, plateaus
@@ -12,8 +11,6 @@ from .figures import ancestors, seconds
 from .results import SIGNIFICANT, WHITE_BOX, Results, mean
 
 __all__ = ["accuracy", "answer", "cost", "masking", "probes", "radii", "spectra", "steps"]
-
-RATE = PGD.rate  # of the probes
 
 
 def answer(results: Results, found: Comparison) -> str:
@@ -94,9 +91,8 @@ def radii(results: Results) -> str:
         standing = ", ".join(f"{results.called(name)} {value:.1f} %" for name, value in left.items())
         parts.append(f"at {norm} {largest:g} {'still stand: ' + standing if left else 'nothing stands'}")
     return (
-        f"White-box PGD with growing radius, its steps together {RATE:g} radii long (those of the tables above are "
-        f"longer): {'; '.join(parts)}. An attack that does not reach 0 % where any image can be made any other is too "
-        "weak, or its gradient is masked."
+        f"White-box PGD with growing radius: {'; '.join(parts)}. An attack that does not reach 0 % where any image can "
+        "be made any other is too weak, or its gradient is masked."
     )
 
 
@@ -111,12 +107,12 @@ def steps(results: Results) -> str:
             f"from {few:g} to {many:g} steps at {threat} the accuracy falls most for {results.called(name)}, by "
             f"{drops[name]:.1f} points"
             + "".join(
-                f"; it rises for {results.called(n)}, by {-drop:.1f}: more and shorter steps find less there"
+                f"; it rises for {results.called(n)}, by {-drop:.1f}: more steps find less there"
                 for n, drop in drops.items()
                 if drop < -1
             )
         )
-    return f"PGD with more steps, together {RATE:g} radii long: {'; '.join(parts)}."
+    return f"PGD with more steps of equal length: {'; '.join(parts)}."
 
 
 def spectra(results: Results) -> str:

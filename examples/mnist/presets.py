@@ -9,7 +9,7 @@ from .attacks import PGD, SPSA, AutoAttack, Method, SimBA, Square, Threat, Trans
 from .models import Block
 from .recipes import Effort, Model, cycle, from_sodef, further, sodef
 
-__all__ = ["PRESETS", "Group", "Model", "Preset", "Probe", "Suite"]
+__all__ = ["PRESETS", "Group", "Model", "Preset", "Probe", "Suite", "long_steps"]
 
 TWIN = "twin"
 NO_EVIDENCE = "a smoke run, not evidence"
@@ -146,16 +146,19 @@ SOURCES = (TWIN, INDEPENDENT.name)
 RADII = (("l2", (0.25, 0.5, 1.0, 1.5, 2.0, 3.0, 5.0)), ("linf", (0.02, 0.05, 0.1, 0.2, 0.3, 0.5)))
 
 
+def long_steps(loss: str, steps: int) -> PGD:
+    """PGD in steps of a quarter of the radius: they find more than short ones where many are taken, less where few."""
+    return PGD(loss, steps, rate=steps / 4)
+
+
 def _attacked(
     images: int | None, steps: int, sources: tuple[str, ...], threats: tuple[str, ...] | None = None, *, back: int
 ) -> tuple[Group, ...]:
     """White-box, bypass, the gradients of the adjoint and of a noisy model's noiseless solve, and transfer.
 
-    Steps of a quarter of the radius find more than short ones where many are taken, and less where few are. The adjoint
-    takes four times as long as another way around and finds less: it goes `back` on so many images alone.
+    The adjoint takes four times as long as another way around and finds less: it goes `back` on so many images alone.
     """
-    half = max(1, steps // 2)
-    own, around = PGD("margin", steps, rate=steps / 4), PGD("margin", half, rate=half / 4)
+    own, around = long_steps("margin", steps), long_steps("margin", max(1, steps // 2))
     return (
         Group("white-box", (FGSM, PGD("ce", steps), own), images, threats=threats),
         Group("bypass", (around,), images, "around", threats=threats),

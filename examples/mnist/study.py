@@ -17,7 +17,7 @@ from odelayers import GradientError, Reversible, SineField, SolveError
 
 from . import certified_training
 from .accuracy import states
-from .attacks import PGD, NotFinite, Threat, Transfer, perturb
+from .attacks import NotFinite, Threat, Transfer, perturb
 from .cells import Cell, needs
 from .certified import CertifiedClassifier
 from .data import Dataset, Split
@@ -25,7 +25,7 @@ from .evaluation import Victim, attack_cell, clean_cell, craft, judge, probe_cel
 from .features import fold
 from .models import DIM, Classifier, attacked
 from .plane import plane_cell
-from .presets import Preset
+from .presets import Preset, long_steps
 from .recipes import Model
 from .records import Record, Records, save_weights
 from .training import Diverged, train
@@ -35,7 +35,7 @@ __all__ = ["Study"]
 
 
 # Of each kind of cell, raised when its code changes what comes out: what was recorded before is then computed again.
-REVISIONS = {"clean": 1, "attack": 1, "spectra": 1, "plane": 1, "probe": 1}
+REVISIONS = {"clean": 1, "attack": 1, "spectra": 2, "plane": 1, "probe": 2}
 Compute = Callable[[], dict[str, Any]]
 
 
@@ -199,7 +199,7 @@ class Study:
 
         The attack is the primary threat's white-box PGD on the margin.
         """
-        threat, method = self.preset.primary[2], PGD("margin", 40)
+        threat, method = self.preset.primary[2], long_steps("margin", 40)
         config |= {"points": self.preset.spectrum_points, "threat": asdict(threat), "attack": asdict(method)}
 
         def compute() -> dict[str, Any]:
