@@ -11,6 +11,8 @@ import pytest
 import torch
 
 from examples.mnist.parallel import Processes, joined
+from examples.mnist.records import Record
+from examples.mnist.results import seconds_of
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = """
@@ -93,6 +95,15 @@ def test_shares_make_up_the_batch_and_their_weights_make_up_its_mean():
     torch.testing.assert_close(torch.stack(means).mean(), values.mean())
     with pytest.raises(ValueError, match="a batch of 2 cannot be shared by 3 processes"):
         processes[0].share(rows[:2])
+
+
+def test_a_training_costs_what_its_processes_took_together():
+    """Two that train half as long have cost as much as one; a record of one process need not say so."""
+    epochs = [{"seconds": 2.0}, {"seconds": 3.0}]
+    record = Record(result={"epochs": epochs, "processes": 2}, seconds=4.0)  # goes on after a kill: its epochs count
+    assert seconds_of(record) == 10.0
+    del record["result"]["processes"]
+    assert seconds_of(record) == 5.0
 
 
 def test_outside_torchrun_there_is_one_process(monkeypatch):

@@ -139,3 +139,5 @@ def test_ranks_of_torchrun_share_the_cells(tmp_path):
     assert all(cell["file"] for cell in found)
     assert len(list((tmp_path / "records").glob("*.json"))) == len(found)
     assert done.stdout.count("the report with its pictures") == 1
+    trained = [json.loads(path.read_text())["result"] for path in (tmp_path / "records").glob("train-*.json")]
+    assert {result["processes"] for result in trained} == {2}, "what they cost is told"

@@ -152,7 +152,10 @@ def cost_table(results: Results) -> Table:
         ])  # fmt: skip
     header = ["model", "seeds", "parameters", "steps", "validation, %", "training, s", "NFE forward", "NFE backward"]
     n = next((record["config"]["sizes"][1] for _, record in results.found("train")), 0)
-    caption = f"Cost of a seed: training, one forward solve, and all attacks; n = {n:,} validation images"
+    caption = (
+        "Cost of a seed: training (seconds times the processes that trained together), one forward solve, and all "
+        f"attacks; n = {n:,} validation images"
+    )
     return Table(caption, [*header, "ms per 128", "attacks, s", "queries"], rows, results.warnings)
 
 

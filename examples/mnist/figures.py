@@ -247,7 +247,7 @@ def cost_figure(results: Results, out: Path, ground: Ground = LIGHT) -> Path | N
         panel.margins(x=0.1)
         panel.tick_params(axis="y", length=0)
         panel.grid(axis="x", linewidth=0.8)
-        panel.set_xlabel("seconds of training, mean over seeds")
+        panel.set_xlabel("seconds of training times processes, mean over seeds")
         panel.legend(loc="upper right", fontsize=9)
     return path
 

@@ -243,9 +243,12 @@ def _by_number(name: str) -> list[tuple[int, float | str]]:
 
 
 def seconds_of(record: Record) -> float:
-    """How long a training took: a record counts from its last start alone, its epochs each for themselves."""
+    """What a training took of its processes together: a record counts from its last start alone, its epochs each for
+    themselves.
+    """
     epochs = sum(line.get("seconds", 0.0) for line in record.result["epochs"])
-    return max(epochs, float(record["seconds"]))
+    together: int = record.result.get("processes", 1)
+    return together * max(epochs, float(record["seconds"]))
 
 
 def mean(values: Iterable[float]) -> float:

@@ -24,6 +24,7 @@ from .data import Dataset, Split
 from .evaluation import Victim, attack_cell, clean_cell, craft, judge, probe_cell, spectrum_cell, stability
 from .features import fold
 from .models import DIM, Classifier, attacked
+from .parallel import Processes
 from .plane import plane_cell
 from .presets import Preset, long_steps
 from .recipes import Model
@@ -116,7 +117,8 @@ class Study:
         noise = torch.Generator(self.device).manual_seed(seed)
         reached = judge(model, self.data.validation, 1, noise).mean
         count = sum(p.numel() for p in model.parameters())
-        return {"epochs": log, "steps": sum(e["steps"] for e in log), "validation": reached, "parameters": count}
+        steps, together = sum(e["steps"] for e in log), Processes.now().count
+        return {"epochs": log, "steps": steps, "validation": reached, "parameters": count, "processes": together}
 
     def build(self, spec: Model) -> Victim:
         """The model with fresh weights."""
