@@ -275,7 +275,7 @@ def test_every_group_stands_seed_by_seed_with_the_p_of_its_alarm(tmp_path):
         assert number(row["worst so far"]) == pytest.approx(100 * results.worst(threat, name, seed=seed).mean, abs=0.06)
         if (key := (threat, name, "transfer", seed)) in results.masked:
             p, broken = results.masked[key]
-            assert f"p = {p:.1g}, {broken} fall to it alone" in row["transfer"]
+            assert f"p = {p:.1g}, {broken} that stood fall" in row["transfer"]
     assert "seed by seed, accuracy" not in write_report(made_up(tmp_path / "one", seeds=1)).read_text()
 
 

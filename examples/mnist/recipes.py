@@ -204,12 +204,16 @@ def _adversarial(effort: Effort) -> tuple[Model, ...]:
     What a net with a block costs more stands in the records, as seconds. They start from the clean models' weights:
     from fresh ones a net with a field had learnt nothing after 157 steps. The last row is TRADES as published, for a
     machine that can pay for it.
+
+    Their blocks take 40 Euler steps. M3's field is stiff: Dopri5 needs 140 evaluations at 1e-5 and 110 at 1e-3, as much
+    time as all else in a step of the attack; 40 Euler steps end within 2e-4 of it (the median over 500 images).
     """
     published = Model(
         "M12-published", "TRADES as published", Block("none"), "M0", (OFFICIAL_TRADES,),
         control="M12-trades-M0", twin="M12-trades-M0",
     )  # fmt: skip
-    blocks = {"M0": (Block("none"), False), "M1": (Block("ode"), False), "M3": (Block("ode"), True)}
+    euler = Block("sde", p=0.0, steps=40)
+    blocks = {"M0": (Block("none"), False), "M1": (euler, False), "M3": (euler, True)}
     here = (
         Model(
             f"M12-{loss}-{name}", f"{loss.upper()}-trained {name}", block, name, (phase,), regularised,
@@ -224,8 +228,8 @@ def _adversarial(effort: Effort) -> tuple[Model, ...]:
 def adversarial_phases(epochs: int) -> dict[str, Phase]:
     """Few but long steps of the attack, one cycle of the rate, averaged weights: for hours on two cores, not for days.
 
-    With the presets' ResNet 30 epochs are about three core hours, a third to a half more with a block. Three steps of
-    the attack were measured to be too few: the net learns to hide from them.
+    With the presets' ResNet 30 epochs are about two core hours, a quarter more with a block. Three steps of the attack
+    were measured to be too few: the net learns to hide from them.
     """
     attack = Adversary(steps=10, step=0.075, eps=0.3, warm_up=0.3)
     phase = Phase("all", epochs, 2e-3, one_cycle=True, average=0.995, adversary=attack)

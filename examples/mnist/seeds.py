@@ -55,5 +55,5 @@ def _group(results: Results, threat: str, name: str, group: str, seed: int) -> C
     if scores is None:
         return Cell(NOT_PLANNED)
     alarm = results.masked.get((threat, name, group, seed))
-    more = (f"p = {alarm[0]:.1g}, {alarm[1]} fall to it alone",) if alarm else ()
+    more = (f"p = {alarm[0]:.1g}, {alarm[1]} that stood fall",) if alarm else ()
     return Cell(f"{100 * scores.mean:.1f}", (f"n = {len(scores):,}", *more), scores.mean)

@@ -216,7 +216,7 @@ def _flag(results: Results, threat: str, name: str) -> Cell:
     if not tested:
         return Cell(NOT_PLANNED)
     groups, (p, broken, seed) = results.is_masked(threat, name), min(tested)
-    small = (*(f"by {group}" for group in groups), f"p = {p:.2g} (seed {seed})", f"{broken} fall to it alone")
+    small = (*(f"by {group}" for group in groups), f"p = {p:.2g} (seed {seed})", f"{broken} that stood fall")
     return Cell("masked" if groups else "no", small, p, strong=bool(groups))
 
 
