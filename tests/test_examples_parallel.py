@@ -13,6 +13,7 @@ import torch
 from examples.mnist.parallel import Processes, joined
 from examples.mnist.records import Record
 from examples.mnist.results import seconds_of
+from examples.mnist.unfinished import Unfinished
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = """
@@ -53,12 +54,54 @@ with joined("cpu"):
     torch.save(kept, f"{sys.argv[1]}/{Processes.now().rank}.pt")
 """
 
+KILLED = """
+import sys
+from pathlib import Path
+import torch
+from examples.mnist.adversary import Adversary
+from examples.mnist.data import load
+from examples.mnist.models import Block, Classifier
+from examples.mnist.parallel import Processes, joined
+from examples.mnist.training import Phase, train
+from examples.mnist.unfinished import Unfinished
 
-def launched(folder: Path, count: int) -> list[dict]:
+class Killed(BaseException):
+    pass
+
+class Stopped(Unfinished):
+    def keep(self, **state):
+        super().keep(**state)
+        torch.distributed.barrier()  # who is killed reads what was written
+        raise Killed
+
+torch.set_num_threads(1)
+with joined("cpu"):
+    data, rank = load("digits").first(90, 20, 20), Processes.now().rank
+    phases = (Phase("all", 3, batch=45, average=0.9, adversary=Adversary(steps=2)),)
+    path = Path(sys.argv[1]) / "training"
+
+    def trained(unfinished):
+        torch.manual_seed(0)
+        model = Classifier((2, 2, 4), Block("sde", p=0.1, steps=4))
+        train(model, data, phases, True, 0, "M", unfinished)
+        return model.state_dict()
+
+    whole, stops = trained(Unfinished()), 0
+    while True:
+        try:
+            resumed = trained((Stopped if stops < 3 else Unfinished)(path, rank == 0))
+            break
+        except Killed:
+            stops += 1
+    torch.save({"whole": whole, "resumed": resumed, "stops": stops}, f"{sys.argv[1]}/{rank}.pt")
+"""
+
+
+def launched(folder: Path, count: int, text: str = SCRIPT) -> list[dict]:
     """What each of `count` processes of torchrun left behind."""
     folder.mkdir()
     script = folder / "script.py"
-    script.write_text(SCRIPT)
+    script.write_text(text)
     run = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
@@ -82,6 +125,22 @@ def test_two_processes_take_the_steps_of_one(tmp_path):
     for name, tensor in one["weights"].items():
         assert torch.equal(first["weights"][name], second["weights"][name])
         torch.testing.assert_close(first["weights"][name], tensor, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_two_processes_that_are_killed_go_on_to_the_same_weights(tmp_path):
+    """Stopped after each of three epochs, each with noise and attacks of its own, they end at the same bits."""
+    for left in launched(tmp_path / "two", 2, KILLED):
+        assert left["stops"] == 3
+        for name, value in left["whole"].items():
+            assert torch.equal(value, left["resumed"][name]), name
+
+
+def test_a_training_of_two_processes_is_not_gone_on_with_by_one(tmp_path):
+    """The other's noise and samples would be lost in silence: the error names the file and says how many began it."""
+    Unfinished(path := tmp_path / "training").keep(generators=[[], []])
+    with pytest.raises(RuntimeError, match="training: expected a training begun by 1 processes, got one by 2"):
+        Unfinished(path).load(1)
 
 
 def test_shares_make_up_the_batch_and_their_weights_make_up_its_mean():

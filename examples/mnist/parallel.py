@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
@@ -24,7 +25,8 @@ class Processes:
 
     Batch normalisation: on GPUs the layers are made `SyncBatchNorm`, whose statistics are the whole batch's. torch has
     that for GPUs alone: on CPUs each process normalises by its own share, and the running statistics are the first
-    process's; gradients then differ from one process's unless the layers are in evaluation mode.
+    process's, for all of them at the end of every epoch; gradients then differ from one process's unless the layers are
+    in evaluation mode.
     """
 
     rank: int = 0
@@ -66,6 +68,20 @@ class Processes:
         """Make batch normalisation in `model` use the whole batch, in place, where torch can."""
         if self.count > 1 and device.type == "cuda":
             nn.SyncBatchNorm.convert_sync_batchnorm(model)
+
+    def agree(self, *modules: nn.Module) -> None:
+        """Give the buffers of the first process to all, in place."""
+        if self.count > 1:
+            for module in modules:
+                for buffer in module.buffers():
+                    distributed.broadcast(buffer, 0)
+
+    def gathered(self, value: Any) -> list[Any]:
+        """The value that each process gives, in the order of their ranks, for all of them."""
+        found = [value] * self.count
+        if self.count > 1:
+            distributed.all_gather_object(found, value)
+        return found
 
     def wrap(self, module: nn.Module) -> nn.Module:
         """The module with gradients averaged over processes."""

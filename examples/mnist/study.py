@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from torch.distributed import is_initialized
 
 from odelayers import GradientError, Reversible, SineField, SolveError
 
@@ -84,8 +83,7 @@ class Study:
         config = {**self.common, "seed": seed, "model": spec.trained_as, "start": start and start.key}
         torch.manual_seed(seed)  # the fresh weights
         model = self.build(spec)
-        # Several ranks have noise of their own each: together they start anew.
-        unfinished = Unfinished(None if is_initialized() else self.records.unfinished(cell.name, config))
+        unfinished = Unfinished(self.records.unfinished(cell.name, config), self.records.writes)
         if isinstance(model, CertifiedClassifier):
             compute = partial(self._train_certified, model, seed)
         else:

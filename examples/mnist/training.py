@@ -64,22 +64,23 @@ def train(
 
     Order, noise and what penalties draw have generators of their own, so that models which differ in the noise alone
     see the same samples. Under a process group the processes train together: see `Processes`. After every epoch the
-    state goes to `unfinished`, and a training that was stopped goes on from there. The last line of a phase holds what
-    `audit` says of the model then.
+    state goes to `unfinished`, and a training that was stopped goes on from there, in as many processes. The last line
+    of a phase holds what `audit` says of the model then.
 
     Raises:
         Diverged: the loss is no number, or a solve failed.
+        RuntimeError: what is in `unfinished` was begun by another number of processes.
     """
     device = next(model.parameters()).device
     processes, order = Processes.now(), torch.Generator().manual_seed(seed)
     processes.prepare(model, device)
     draws = _Draws.seeded(seed + 1000 * processes.rank, device)
     judging = torch.Generator(device)  # the same in all processes, and the same noise after every epoch
-    kept = unfinished.load()
+    kept = unfinished.load(processes.count)
     log: list[dict[str, Any]] = kept.get("log", [])
     if kept:
         model.load_state_dict(kept["model"])
-        for generator, state in zip((order, *draws), kept["generators"], strict=True):
+        for generator, state in zip((order, *draws), kept["generators"][processes.rank], strict=True):
             generator.set_state(state)
     begun, done = kept.get("phase", 1), kept.get("epoch", 0)
     for number, phase in list(enumerate(phases, 1))[begun - 1 :]:
@@ -93,11 +94,12 @@ def train(
                     learner.load_state_dict(kept["learner"])
                 for epoch in range(done + 1, phase.epochs + 1):
                     line = learner.epoch(order, f"{label}, epoch {epoch}/{phase.epochs}")
+                    processes.agree(model, learner.result)
                     line |= _judged(learner.result, phase, data.validation, judging, seed)
                     if audit and epoch == phase.epochs:
                         line["audit"] = audit(learner.result)
                     log.append({"phase": number, "trains": phase.trains, "epoch": epoch, **line})
-                    generators = [generator.get_state() for generator in (order, *draws)]
+                    generators = processes.gathered([generator.get_state() for generator in (order, *draws)])
                     unfinished.keep(
                         phase=number, epoch=epoch, log=log, generators=generators,
                         model=model.state_dict(), learner=learner.state_dict(),

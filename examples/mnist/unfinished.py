@@ -12,16 +12,19 @@ __all__ = ["Unfinished"]
 
 
 class Unfinished:
-    """What a training needs to go on: kept in the file `path`, or not at all (None)."""
+    """What a training needs to go on: kept in the file `path`, or not at all (None).
 
-    def __init__(self, path: Path | None = None) -> None:
-        self.path = path
+    Of several processes that train together one `writes`, and all read. Each has generators of its own there.
+    """
 
-    def load(self) -> dict[str, Any]:
+    def __init__(self, path: Path | None = None, writes: bool = True) -> None:
+        self.path, self.writes = path, writes
+
+    def load(self, processes: int = 1) -> dict[str, Any]:
         """What was kept last; empty where there is nothing.
 
         Raises:
-            RuntimeError: the file is none that this wrote.
+            RuntimeError: the file is none that this wrote, or was written by another number of processes.
         """
         if self.path is None or not self.path.exists():
             return {}
@@ -31,16 +34,21 @@ class Unfinished:
             raise RuntimeError(
                 f"{self.path}: expected a training to go on with, got {error}; delete the file to start anew"
             ) from error
+        if (begun := len(state["generators"])) != processes:
+            raise RuntimeError(
+                f"{self.path}: expected a training begun by {processes} processes, got one by {begun}; start as many "
+                "again, or delete the file to start anew"
+            )
         return state
 
     def keep(self, **state: Any) -> None:
         """Write the state whole: readers see the former file or the new one."""
-        if self.path is not None:
+        if self.path is not None and self.writes:
             partial = self.path.with_name(f"{self.path.name}.{os.getpid()}.part")
             torch.save(state, partial)
             os.replace(partial, self.path)
 
     def remove(self) -> None:
         """The training is done, and recorded elsewhere."""
-        if self.path is not None:
+        if self.path is not None and self.writes:
             self.path.unlink(missing_ok=True)
