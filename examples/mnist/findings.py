@@ -91,8 +91,8 @@ def radii(results: Results) -> str:
         standing = ", ".join(f"{results.called(name)} {value:.1f} %" for name, value in left.items())
         parts.append(f"at {norm} {largest:g} {'still stand: ' + standing if left else 'nothing stands'}")
     return (
-        f"White-box PGD with growing radius: {'; '.join(parts)}. An attack that does not reach 0 % where any image can "
-        "be made any other is too weak, or its gradient is masked."
+        f"White-box PGD with growing radius: {'; '.join(parts)}. Within L-inf 0.5 every "
+        "image can be made grey: an attack that leaves any standing there is too weak, or its gradient is masked."
     )
 
 
