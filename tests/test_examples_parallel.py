@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -96,19 +97,58 @@ with joined("cpu"):
     torch.save({"whole": whole, "resumed": resumed, "stops": stops}, f"{sys.argv[1]}/{rank}.pt")
 """
 
+FAILING = """
+import sys
+import torch
+from odelayers import GradientError
+from examples.mnist.adversary import Adversary
+from examples.mnist.data import load
+from examples.mnist.models import Block, Classifier
+from examples.mnist.parallel import Processes, joined
+from examples.mnist.training import Diverged, Phase, train
+
+def refuse(gradient):
+    raise GradientError("there is none in this process")
+
+class Refusing(Classifier):
+    def end(self, z, generator=None, t1=None):
+        end = super().end(z, generator, t1)
+        if end.requires_grad and Processes.now().rank == 1 and self.training == self.refuses_in_training:
+            end.register_hook(refuse)
+        return end
+
+def failure(adversary):
+    model = Refusing((2, 2, 4), Block("ode", t1=1.0))
+    model.refuses_in_training = adversary is None
+    train(model, load("digits").first(90, 20, 20), (Phase("all", 1, batch=45, adversary=adversary),), False, 0, "M")
+
+torch.set_num_threads(1)
+with joined("cpu"):
+    try:
+        failure(Adversary(steps=1))
+    except Diverged as error:
+        print(Processes.now().rank, error, flush=True)
+    failure(None)
+"""
+
 
 def launched(folder: Path, count: int, text: str = SCRIPT) -> list[dict]:
     """What each of `count` processes of torchrun left behind."""
+    done = started(folder, count, text)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [torch.load(folder / f"{rank}.pt") for rank in range(count)]
+
+
+def started(folder: Path, count: int, text: str) -> subprocess.CompletedProcess[str]:
+    """`count` processes of torchrun that run the script `text` in a new folder, which is its argument."""
     folder.mkdir()
     script = folder / "script.py"
     script.write_text(text)
     run = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
+    return subprocess.run(
         [*run, str(script), str(folder)], env=environment, text=True, capture_output=True, timeout=110, cwd=folder
     )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return [torch.load(folder / f"{rank}.pt") for rank in range(count)]
 
 
 @pytest.mark.slow
@@ -134,6 +174,16 @@ def test_two_processes_that_are_killed_go_on_to_the_same_weights(tmp_path):
         assert left["stops"] == 3
         for name, value in left["whole"].items():
             assert torch.equal(value, left["resumed"][name]), name
+
+
+@pytest.mark.slow
+def test_a_failure_in_one_process_ends_the_others_too(tmp_path):
+    """One without a gradient: in the attack both diverge, in the backward pass the run ends; neither waits for ever."""
+    done = started(tmp_path / "two", 2, FAILING)
+    assert done.returncode != 0
+    assert re.search(r"^0 M: .* the solve or the loss of another process failed$", done.stdout, re.MULTILINE)
+    assert re.search(r"^1 M: .* there is none in this process$", done.stdout, re.MULTILINE)
+    assert "RuntimeError: one of 2 processes has no gradient; train by one" in done.stderr
 
 
 def test_a_training_of_two_processes_is_not_gone_on_with_by_one(tmp_path):

@@ -91,8 +91,9 @@ def radii(results: Results) -> str:
         standing = ", ".join(f"{results.called(name)} {value:.1f} %" for name, value in left.items())
         parts.append(f"at {norm} {largest:g} {'still stand: ' + standing if left else 'nothing stands'}")
     return (
-        f"White-box PGD with growing radius: {'; '.join(parts)}. Within L-inf 0.5 every "
-        "image can be made grey: an attack that leaves any standing there is too weak, or its gradient is masked."
+        f"White-box PGD with growing radius: {'; '.join(parts)}. At L-inf 0.5 all "
+        "images can be made the same grey: what stands there beyond the share of one class tells of a weak attack or a "
+        "masked gradient."
     )
 
 

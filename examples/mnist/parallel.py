@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -13,6 +14,8 @@ from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
 __all__ = ["Processes", "joined"]
+
+PATIENCE = timedelta(days=1)  # one process may attack for hours while the others have nothing left to do
 
 
 @dataclass(frozen=True)
@@ -101,7 +104,7 @@ def joined(device: str) -> Iterator[torch.device]:
     here = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if on_gpu else torch.device(device)
     if on_gpu:
         torch.cuda.set_device(here)
-    distributed.init_process_group("nccl" if on_gpu else "gloo")
+    distributed.init_process_group("nccl" if on_gpu else "gloo", timeout=PATIENCE)
     try:
         yield here
     finally:

@@ -207,6 +207,7 @@ def _adversarial(effort: Effort) -> tuple[Model, ...]:
 
     Their blocks take 40 Euler steps. M3's field is stiff: Dopri5 needs 140 evaluations at 1e-5 and 110 at 1e-3, as much
     time as all else in a step of the attack; 40 Euler steps end within 2e-4 of it (the median over 500 images).
+    M1's field was not tried so: trained on, either net is what its steps make of it.
     """
     published = Model(
         "M12-published", "TRADES as published", Block("none"), "M0", (OFFICIAL_TRADES,),

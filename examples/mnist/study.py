@@ -101,7 +101,7 @@ class Study:
             log = train(model, self.data, spec.phases, spec.regularised, seed, what, unfinished, audit)
         except Diverged as error:
             return {"diverged": str(error), **error.outcome}
-        return self._outcome(model, log, seed)
+        return self._outcome(model, log, seed) | {"processes": Processes.now().count}
 
     def _train_certified(self, model: CertifiedClassifier, seed: int) -> dict[str, Any]:
         try:
@@ -115,8 +115,7 @@ class Study:
         noise = torch.Generator(self.device).manual_seed(seed)
         reached = judge(model, self.data.validation, 1, noise).mean
         count = sum(p.numel() for p in model.parameters())
-        steps, together = sum(e["steps"] for e in log), Processes.now().count
-        return {"epochs": log, "steps": steps, "validation": reached, "parameters": count, "processes": together}
+        return {"epochs": log, "steps": sum(e["steps"] for e in log), "validation": reached, "parameters": count}
 
     def build(self, spec: Model) -> Victim:
         """The model with fresh weights."""

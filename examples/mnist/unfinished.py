@@ -29,7 +29,7 @@ class Unfinished:
         if self.path is None or not self.path.exists():
             return {}
         try:
-            state: dict[str, Any] = torch.load(self.path, weights_only=True)
+            state: dict[str, Any] = torch.load(self.path, map_location="cpu", weights_only=True)
         except Exception as error:  # zip, pickle and torch each have their own
             raise RuntimeError(
                 f"{self.path}: expected a training to go on with, got {error}; delete the file to start anew"
