@@ -241,7 +241,7 @@ def cost_figure(results: Results, out: Path, ground: Ground = LIGHT) -> Path | N
                 label="the models it starts from" * (not position),
             )
             panel.barh(position, own, 0.6, left=before, color=COLOURS[0], label="its own training" * (not position))
-            panel.text(before + own, position, f" {before + own:,.3g} s", va="center", fontsize=9)
+            panel.text(before + own, position, f" {before + own:,.0f} s", va="center", fontsize=9)
         panel.set_yticks(range(len(names)), [results.called(name) for name in names])
         panel.set_ylim(len(names) - 0.4, -0.6)
         panel.margins(x=0.1)

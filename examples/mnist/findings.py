@@ -163,6 +163,6 @@ def cost(results: Results) -> str:
         total[name] += sum(seconds(results, other) for other in ancestors(results, name))
     longest, shortest = (pick(total, key=lambda name: total[name]) for pick in (max, min))
     return (
-        f"Training of one seed, with what came before it: from {total[shortest]:,.3g} s ({results.called(shortest)}) "
-        f"to {total[longest]:,.3g} s ({results.called(longest)})."
+        f"Training of one seed, with what came before it, seconds times processes: from {total[shortest]:,.0f} s "
+        f"({results.called(shortest)}) to {total[longest]:,.0f} s ({results.called(longest)})."
     )
