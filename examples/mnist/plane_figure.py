@@ -36,8 +36,8 @@ def plane_figure(results: Results, out: Path, ground: Ground = LIGHT) -> Path | 
             for k, label in enumerate(plane["labels"]):
                 panel.plot(*tracks[:, k].T, color=classes(label), linewidth=0.9, alpha=0.8)
                 panel.plot(*tracks[-1, k], color=classes(label), marker="o", markersize=3)
-            panel.set_title(f"{results.called(name)}: {100 * plane['explained']:.0f} % of the variance")
-            panel.set_xlabel("first principal component")
+            panel.set_title(results.called(name))
+            panel.set_xlabel(f"first component (both: {100 * plane['explained']:.0f} % of variance)")
             panel.set_ylabel("second")
         for panel in panels[len(found) :]:
             panel.set_axis_off()
