@@ -117,7 +117,7 @@ class Learner:
         """One step of the optimiser; the loss and the penalty in it, weighted for the mean over processes."""
         inputs, labels = self.inputs[rows], self.labels[rows]
         start = nfe.nfe
-        adversarial = self._together(lambda: self._attacked(inputs, labels))
+        adversarial = self._attacked(inputs, labels)
         searched = nfe.nfe
         self.model.train(self.phase.trains == "all")
         self.model.block.train(self.phase.trains != "head")
@@ -167,7 +167,7 @@ class Learner:
             return None
         self.model.eval()
         share = adversary.share((self.done + 1) / self.total)
-        return adversary.find(self._answer, images, labels, self.draws.attack, share)
+        return self._together(lambda: adversary.find(self._answer, images, labels, self.draws.attack, share))
 
     def _answer(self, images: Tensor) -> Tensor:
         return self.model(images, self.draws.noise)

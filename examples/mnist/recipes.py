@@ -229,8 +229,8 @@ def _adversarial(effort: Effort) -> tuple[Model, ...]:
 def adversarial_phases(epochs: int) -> dict[str, Phase]:
     """Few but long steps of the attack, one cycle of the rate, averaged weights: for hours on two cores, not for days.
 
-    With the presets' ResNet 30 epochs are about two core hours, a quarter more with a block. Three steps of the attack
-    were measured to be too few: the net learns to hide from them.
+    With the presets' ResNet 30 epochs took 2.3 core hours, 3.4 with M3's block in two processes. Three steps of the
+    attack were measured to be too few: the net learns to hide from them.
     """
     attack = Adversary(steps=10, step=0.075, eps=0.3, warm_up=0.3)
     phase = Phase("all", epochs, 2e-3, one_cycle=True, average=0.995, adversary=attack)
