@@ -10,9 +10,10 @@ from scipy.stats import binomtest
 
 from examples.mnist import data, evaluation
 from examples.mnist.attacks import input_gradient
-from examples.mnist.models import QUIET, Block, Classifier, attacked, surrogate
+from examples.mnist.models import Block, Classifier
 from examples.mnist.presets import PRESETS
 from examples.mnist.scores import Scores, holm, mcnemar, wilson, worst
+from examples.mnist.views import QUIET, attacked, surrogate
 from odelayers import Adjoint, Backprop, GradientError, ODEBlock
 
 DIGITS = data.load("digits").test
@@ -88,6 +89,31 @@ def test_the_noiseless_route_has_the_noisy_values_and_the_noiseless_gradient():
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
     assert (noisy - found).norm() > 1e-2 * found.norm()
     assert model.block.noise_in_eval and not torch.equal(view(x), own)
+
+
+def test_directions_give_every_draw_the_same_weight(noisy):
+    """The logits are the model's. Every draw's gradient at the state that enters the block is cut to length 1, so that
+    a loss ten thousand times as large on one draw changes nothing; it decides the gradient without (the control)."""
+    own, unit = (attacked(noisy, 5, generator(), directions=on) for on in (False, True))
+    x, weights = IMAGES.clone().requires_grad_(), torch.randn(5, len(IMAGES), 10, generator=generator())
+    found = {}
+    for scale in (1.0, 1e4):
+        weights[2] *= scale
+        for view in (own, unit):
+            view.noise.manual_seed(3)
+            found[view, scale] = torch.autograd.grad((view(x) * weights).sum(), x)[0]
+    with torch.no_grad():
+        state = noisy.features(x).repeat(5, 1)
+    state.requires_grad_()
+    logits = noisy.head(noisy.end(state, generator(3))).reshape(5, len(x), 10)
+    unit.noise.manual_seed(3)
+    torch.testing.assert_close(unit(x), logits)
+    (per_draw,) = torch.autograd.grad((logits * weights).sum(), state)
+    directions = (per_draw / per_draw.norm(dim=1, keepdim=True)).reshape(5, len(x), -1).sum(0)
+    (expected,) = torch.autograd.grad((noisy.features(x) * directions).sum(), x)
+    for scale in (1.0, 1e4):
+        torch.testing.assert_close(found[unit, scale], expected, rtol=1e-4, atol=1e-6)
+    assert found[own, 1e4].norm() > 100 * found[own, 1.0].norm()
 
 
 def test_the_adjoint_route_has_the_models_values_and_nearly_its_gradient():
@@ -166,5 +192,5 @@ def test_probes_look_at_the_attack_of_the_tables(noisy, monkeypatch):
     evaluation.probe_cell(noisy, DIGITS.first(2), suite, 0, "probes")
     (own,) = (attack for attack in suite.groups[0].attacks if attack.loss == "margin")
     margins = [method for method in tried if method.loss == "margin"]
-    assert len(margins) == 13 + 3 + 3 and margins.count(own) == 13 + 1 + 3
+    assert len(margins) == 13 + 3 + 12 and margins.count(own) == 13 + 1 + 12
     assert {method.rate / method.steps for method in tried} == {own.rate / own.steps}

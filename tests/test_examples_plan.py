@@ -14,13 +14,14 @@ from examples.mnist.accuracy import states
 from examples.mnist.attacks import AutoAttack, Method, Threat
 from examples.mnist.cells import plan
 from examples.mnist.certified import CertifiedClassifier, Recipe
-from examples.mnist.models import Block, Classifier, attacked, surrogate
+from examples.mnist.models import Block, Classifier
 from examples.mnist.penalties import Constraints
 from examples.mnist.plane import plane_cell
 from examples.mnist.presets import Group, Model, Probe, Suite
 from examples.mnist.study import Study
 from examples.mnist.training import Adam, Phase, train
 from examples.mnist.unfinished import Unfinished
+from examples.mnist.views import attacked, surrogate
 from small_study import CPU, NOISY, PLAN, SMALL, run, without_times
 
 RECIPE = Recipe(squeeze=4, convolutions=(4,), dense=(16,), epochs=1)

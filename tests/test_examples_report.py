@@ -247,7 +247,7 @@ def test_the_paper_stands_beside_the_same_settings(text):
     for row, name in ((rows[0], "M3"), (rows[2], "M4")):
         assert row["model"] == name and row["PGD, ours"] == attacked[name]["PGD-5 ce"]
         assert row["worst of everything, ours"] == attacked[name]["worst of everything"]
-    assert rows[1]["clean, ours"] == rows[3]["clean, ours"] == "not in this run"
+    assert rows[1]["clean, ours"] == rows[3]["clean, ours"] == "not run"
 
 
 def test_a_certificate_in_a_record_is_a_table(tmp_path):

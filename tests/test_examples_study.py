@@ -138,11 +138,13 @@ def test_the_hand_made_masker_has_no_gradient_at_all(finished):
 def test_only_what_draws_noise_is_probed_with_more_draws(finished):
     """A noisy model's gradient is averaged over other numbers of draws too; a still one's record knows none."""
     found = Results(finished)
-    noisy, still = found.record("probe", "M4"), found.record("probe", "M5")
-    draws = {name: [row["probe"] for row in record.result["probes"] if "draws" in row["probe"]]
-             for name, record in (("M4", noisy), ("M5", still))}  # fmt: skip
-    assert draws == {"M4": ["3 draws"], "M5": []}
-    assert "draws" in noisy["config"]["probe"] and "draws" not in still["config"]["probe"]
+    noisy, still = (found.record("probe", name) for name in ("M4", "M5"))
+    probes = [[row["probe"] for row in record.result["probes"]] for record in (noisy, still)]
+    assert set(probes[0]) - set(probes[1]) == {"3 draws", "3 directions"}
+    assert "eot" in noisy["config"]["probe"] and "eot" not in still["config"]["probe"]
+    longest, *cosines = noisy.result["gradients_apart"].values()
+    assert 1 / 8 <= longest <= 1 and all(-1 <= cosine <= 1 for cosine in cosines)
+    assert "gradients_apart" not in still.result
 
 
 def test_scores_come_back_from_their_record():
@@ -190,6 +192,7 @@ def test_bad_arguments_are_clear_errors(arguments, message, capsys, monkeypatch)
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_the_command_survives_a_real_kill(tmp_path):
     """The smoke preset on the digits, killed by SIGKILL and started again, ends with the unbroken run's numbers."""
     arguments = ["--preset", "smoke", "--data", "digits", "--out"]

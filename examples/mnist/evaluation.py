@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import cosine_similarity, normalize
 
 from odelayers import check_stability, spectrum
 
@@ -15,10 +16,11 @@ from .accuracy import states
 from .attacks import AutoAttack, Best, Counted, Method, Model as View, Threat, Transfer, input_gradient, perturb
 from .certified import CertifiedClassifier, evaluate
 from .data import Split
-from .models import ADJOINT, QUIET, Classifier, attacked, surrogate
+from .models import Classifier
 from .presets import Group, Suite, long_steps
 from .progress import bar
 from .scores import Scores
+from .views import ADJOINT, QUIET, attacked, surrogate
 
 __all__ = ["attack_cell", "clean_cell", "craft", "judge", "probe_cell", "spectrum_cell", "stability"]
 
@@ -150,18 +152,24 @@ def probe_cell(model: Victim, data: Split, suite: Suite, seed: int, what: str) -
     """How the attack itself behaves: gradients that are zero, radii up to accuracy 0, more steps, rescaled logits.
 
     Where there is a solver, its error too: what was found is shown to the model solved in half the steps' length. Of a
-    noisy model, more and fewer draws of the noise for a gradient.
+    noisy model, more and fewer draws of the noise for a gradient, averaged as they are and by their directions, and how
+    far the draws' gradients lie apart.
     """
     noise, probe = torch.Generator(data.images.device).manual_seed(seed), suite.probe
     view = attacked(model, suite.draws, noise)
     rescaled = {f"logits x {c:g}": _times(view, c) for c in (0.01, 100.0)}
-    eot = [(threat, n, attacked(model, n, noise)) for threat, n in probe.draws if model.noisy]
+    eot = [
+        (f"{n} {what}", attacked(model, n, noise, directions=what == "directions"), threat)
+        for threat, n in probe.eot
+        for what in ("draws", "directions")
+        if model.noisy
+    ]
     margin, ce, dlr = (long_steps(loss, probe.steps[0]) for loss in ("margin", "ce", "dlr"))
     runs: list[tuple[str, View, Threat, Method]] = [
         *(("radius", view, Threat(norm, eps), margin) for norm, radii in probe.radii for eps in radii),
         *(("steps", view, probe.threat, long_steps("margin", steps)) for steps in probe.steps),
         *((name, scaled, probe.threat, method) for name, scaled in rescaled.items() for method in (ce, dlr)),
-        *((f"{n} draws", averaged, threat, margin) for threat, n, averaged in eot),
+        *((name, averaged, threat, margin) for name, averaged, threat in eot),
     ]
     rows = []
     with bar(sum(method.ticks for *_, method in runs), what) as progress:
@@ -173,7 +181,8 @@ def probe_cell(model: Victim, data: Split, suite: Suite, seed: int, what: str) -
             if (name, method.steps) == ("steps", probe.steps[0]) and hasattr(model.block, "solver"):
                 fine = judge(model.finer(), Split(images, data.labels), suite.judging_draws, noise)
                 rows.append({"probe": "half the step", "threat": str(threat), "attack": str(method), **fine.pack()})
-    return {"n": len(data), "zero_gradients": _zero_gradients(view, data), "probes": rows}
+    found = {"n": len(data), "zero_gradients": _zero_gradients(view, data), "probes": rows}
+    return found | {"gradients_apart": _apart(attacked(model, 1, noise), data)} if eot else found
 
 
 def _times(view: View, factor: float) -> View:
@@ -187,6 +196,24 @@ def _zero_gradients(view: View, data: Split) -> dict[str, float]:
         gradients = [input_gradient(view, part.images, part.labels, loss)[0] for part in _chunks(data)]
         shares[loss] = (torch.cat(gradients).flatten(1).abs().amax(1) == 0).float().mean().item()
     return shares
+
+
+def _apart(view: View, data: Split, draws: int = 64) -> dict[str, float]:
+    """How far the gradients of single draws of the noise lie apart: medians over the images.
+
+    The share of the longest of eight in the length of all (an eighth, were they equally long), and the cosine between
+    two means over half of the draws each: of the gradients, and of their directions.
+    """
+    found = []
+    for part in _chunks(data):
+        each = torch.stack([input_gradient(view, part.images, part.labels, "margin")[0] for _ in range(draws)])
+        each = each.flatten(2)
+        lengths = each[:8].norm(dim=2)
+        share = lengths.amax(0) / lengths.sum(0).clamp_min(torch.finfo(lengths.dtype).tiny)
+        halves = [(x[::2].mean(0), x[1::2].mean(0)) for x in (each, normalize(each, dim=2))]
+        found.append(torch.stack([share, *(cosine_similarity(*pair) for pair in halves)]))
+    medians = torch.cat(found, 1).median(1).values.tolist()
+    return dict(zip(("longest of 8", "cosine of means", "cosine of mean directions"), medians, strict=True))
 
 
 def spectrum_cell(fields: Iterable[tuple[str, nn.Module, Tensor]]) -> dict[str, Any]:

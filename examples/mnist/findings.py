@@ -143,16 +143,25 @@ def spectra(results: Results) -> str:
 
 
 def probes(results: Results) -> str:
-    """Where the gradient is exactly zero."""
-    blind = []
+    """Where the gradient is exactly zero, and whether a mean over draws of the noise is one."""
+    blind, noisy = [], []
     for name in results.named("model"):
         record = results.record("probe", name)
         shares = record.result["zero_gradients"] if record else {}
         if shares and max(shares.values()) > 0:
             blind.append(f"{results.called(name)} ({max(shares.values()):.0%} of the images)")
+        if record and (apart := record.result.get("gradients_apart")):
+            longest, *cosines = apart.values()
+            means, directions = (f"{cosine:.2f}" for cosine in cosines)
+            noisy.append(
+                f" The gradients of single draws of {results.called(name)} differ: the longest of eight has "
+                f"{longest:.0%} of the length of all, two means over 32 have a cosine of {means}, of directions alone "
+                f"of {directions} (medians over images)."
+            )
     return (
         f"Gradients that are exactly zero: {', '.join(blind) or 'nowhere'}. With logits a hundred times smaller or "
         "larger the cross-entropy's gradient may vanish in float32; the DLR loss does not depend on their scale."
+        f"{''.join(noisy)}"
     )
 
 

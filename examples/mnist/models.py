@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize, pad
 
 from odelayers import (
-    Adjoint,
     AugmentedODEBlock,
     Backprop,
     Dopri5,
@@ -33,11 +32,10 @@ from odelayers.heads import Head
 
 from .features import DIM, EXTRACTORS, Features
 
-__all__ = ["ADJOINT", "QUIET", "Block", "Classifier", "Features", "RandomTimeODEBlock", "attacked", "surrogate"]
+__all__ = ["CLASSES", "IDENTITY", "Block", "Classifier", "Features", "RandomTimeODEBlock"]
 
 CLASSES = 10
-IDENTITY, ADJOINT, QUIET = "identity", "adjoint", "noiseless solve"
-ANY_DRIFT = Adjoint(max_drift=1e30)  # an attack may follow a wrong gradient: what it finds is judged on the model
+IDENTITY = "identity"
 
 
 class Staircase(nn.Module):
@@ -243,57 +241,3 @@ class Classifier(nn.Module):
     def forward(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Logits (B, 10) of images (B, 1, 28, 28)."""
         return self.head(self.end(self.features(x), generator))
-
-
-@dataclass(frozen=True)
-class View:
-    """The model as an attack sees it: logits (B, 10), or (draws, B, 10) where it draws from `noise`."""
-
-    model: Classifier
-    draws: int
-    noise: torch.Generator
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """The logits of images (B, 1, 28, 28)."""
-        model, z = self.model, self.model.features(x)
-        return _shaped(model, model.head(model.end(_draws(model, z, self.draws), self.noise)), len(x))
-
-
-def attacked(model: Classifier, draws: int, generator: torch.Generator) -> View:
-    """The model as an attack sees it."""
-    return View(model, draws, generator)
-
-
-def surrogate(
-    model: Classifier, route: str | float, draws: int, generator: torch.Generator
-) -> Callable[[Tensor], Tensor]:
-    """The same logits with the adjoint's gradient, or as if the block had no noise, did nothing or ended at `route`.
-
-    Raises:
-        ValueError: the route is the adjoint, and the block's solver has none.
-    """
-    block = copy.copy(model.block)  # the same field and weights
-    if route == ADJOINT:
-        if not ANY_DRIFT.accepts(block.solver):
-            raise ValueError(f"surrogate: {block.solver!r} has no adjoint; take one of the routes {model.routes}")
-        block.gradient = ANY_DRIFT
-    elif route == QUIET:
-        block.noise_in_eval = False
-
-    def logits(x: Tensor) -> Tensor:
-        z = _draws(model, model.features(x), draws)
-        with torch.no_grad():
-            end = model.end(z, generator)
-        t1 = None if isinstance(route, str) else route
-        detour = z if route == IDENTITY else block.solve(z, t1=t1, generator=generator).final
-        return _shaped(model, model.head(detour + (end - detour).detach()), len(x))
-
-    return logits
-
-
-def _draws(model: Classifier, z: Tensor, draws: int) -> Tensor:
-    return z.repeat(draws, 1) if model.noisy else z
-
-
-def _shaped(model: Classifier, logits: Tensor, batch: int) -> Tensor:
-    return logits.reshape(-1, batch, CLASSES) if model.noisy else logits

@@ -59,14 +59,15 @@ class Group:
 class Probe:
     """How the attacks themselves are looked at, on the first `images` test images: radii by norm, numbers of steps.
 
-    `draws` says within which threats and over how many draws of the noise a noisy model's gradient is averaged.
+    `eot` says within which threats and over how many draws of the noise a noisy model's gradient is averaged, as it is
+    and by its directions.
     """
 
     images: int
     threat: Threat
     radii: tuple[tuple[str, tuple[float, ...]], ...]
     steps: tuple[int, ...]
-    draws: tuple[tuple[Threat, int], ...] = ()
+    eot: tuple[tuple[Threat, int], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -233,7 +234,9 @@ FULL = replace(
             _black(images=100, queries=2_000, threats=OTHER, models=MAIN),
             _black(images=100, queries=2_000, threats=PRIMARY, but=MAIN),
         ),
-        probe=Probe(500, THREATS[1], RADII, (40, 100, 1_000), tuple((THREATS[0], draws) for draws in (1, 8, 64))),
+        probe=Probe(
+            500, THREATS[1], RADII, (40, 100, 1_000), tuple((t, draws) for t in THREATS[:2] for draws in (1, 8, 64))
+        ),
         draws=8,
         judging_draws=32,
     ),

@@ -22,7 +22,7 @@ from .certified import CertifiedClassifier
 from .data import Dataset, Split
 from .evaluation import Victim, attack_cell, clean_cell, craft, judge, probe_cell, spectrum_cell, stability
 from .features import fold
-from .models import DIM, Classifier, attacked
+from .models import DIM, Classifier
 from .parallel import Processes
 from .plane import plane_cell
 from .presets import Preset, long_steps
@@ -30,6 +30,7 @@ from .recipes import Model
 from .records import Record, Records, save_weights
 from .training import Diverged, train
 from .unfinished import Unfinished
+from .views import attacked
 
 __all__ = ["Study"]
 
@@ -178,7 +179,7 @@ class Study:
         suite = self.preset.suite
         probe = asdict(suite.probe)
         if not self.preset.model(cell.model).block.noisy:
-            del probe["draws"]
+            del probe["eot"]
         config |= {"probe": probe, "draws": suite.draws, "judging_draws": suite.judging_draws}
         images = self.data.test.first(suite.probe.images)
         return lambda: probe_cell(self.load(cell.model, cell.seed), images, suite, config["seed"], cell.name)

@@ -121,7 +121,7 @@ def paper_table(results: Results) -> Table:
     columns = ("clean", "PGD", "SPSA", HEADLINE)
     for keep, paper, name in [(p, row, name) for p, row in PAPER.items() for name in _keeping(results, p)]:
         if name is None:
-            cells = [Cell("not in this run")] * 4
+            cells = [Cell("not run")] * 4
         else:
             ours, why = _as_the_paper(results, name, threat), results.missing("train", name) or "not run"
             cells = [sizes.score(column, ours[column], why, column == HEADLINE) for column in columns]
