@@ -124,7 +124,7 @@ def _bar(panel: Axes, results: Results, threat: str, name: str, position: int, g
     found = [scores for seed in results.shown(threat, name) if (scores := results.worst(threat, name, seed=seed))]
     if not found:
         why = results.missing("train", name) or results.missing("attack", name, 0, threat, WHITE_BOX) or "not run"
-        panel.text(2, position, why.split(":")[0], color=ground.faint, va="center", fontsize=9, style="italic")
+        panel.text(2, position, why, color=ground.faint, va="center", fontsize=9, style="italic")
         return
     share, n = mean(scores.mean for scores in found), min(map(len, found))
     low, high = wilson(share, n)

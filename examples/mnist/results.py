@@ -83,14 +83,14 @@ class Results:
     def missing(
         self, kind: str, model: str, seed: int = 0, threat: str | None = None, group: str | None = None
     ) -> str | None:
-        """Why there is no result: "diverged: ...", "not run", or a dash where none was planned; None where there is."""
+        """Why there is no result: "diverged" (see `lost`), "not run", or a dash where none was planned; else None."""
         key = (kind, model, seed, threat, group)
         cell, found = self.cells.get(key), self._records.get(key)
         if cell is None:
             return NOT_PLANNED
         if found is not None:
-            return f"diverged: {found.result['diverged']}" if "diverged" in found.result else None
-        return "not run" if cell["lost"] is None else f"diverged: {cell['lost'].split('diverged: ', 1)[-1]}"
+            return "diverged" if "diverged" in found.result else None
+        return "not run" if cell["lost"] is None else "diverged"
 
     def unfinished(self) -> list[tuple[str, str]]:
         """Every cell of the plan that has no result, by name, and why."""
@@ -99,7 +99,11 @@ class Results:
 
     def lost(self) -> list[str]:
         """The trainings that diverged, each named, and why."""
-        own = [f"{key[0]}-{key[1]}-s{key[2]} {why}" for key in self._records if (why := self.missing(*key))]
+        own = [
+            f"{kind}-{name}-s{seed} diverged: {record.result['diverged']}"
+            for (kind, name, seed, *_), record in self._records.items()
+            if "diverged" in record.result
+        ]
         return list(dict.fromkeys([*own, *(cell["lost"] for cell in self.run["cells"] if cell["lost"])]))
 
     def retrained(self) -> list[str]:

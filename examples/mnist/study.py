@@ -101,7 +101,7 @@ class Study:
             audit = self._audit if spec.has_field else None
             log = train(model, self.data, spec.phases, spec.regularised, seed, what, unfinished, audit)
         except Diverged as error:
-            return {"diverged": str(error), **error.outcome}
+            return {"diverged": str(error).removeprefix(f"{what}: "), **error.outcome}
         return self._outcome(model, log, seed) | {"processes": Processes.now().count}
 
     def _train_certified(self, model: CertifiedClassifier, seed: int) -> dict[str, Any]:

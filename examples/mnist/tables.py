@@ -186,8 +186,7 @@ def _attacked(
     untrained = results.missing("train", name)
 
     def why(group: str) -> str:
-        found = results.missing("attack", name, first, threat, group) or untrained or "not run"
-        return found.split(":")[0]
+        return results.missing("attack", name, first, threat, group) or untrained or "not run"
 
     def under(*chosen: str) -> list[Scores | None]:
         return [results.worst(threat, name, chosen or None, seed) for seed in seeds]
@@ -202,7 +201,7 @@ def _attacked(
         model_cell(results, name),
         headline,
         _flag(results, threat, name),
-        sizes.score("clean", clean, why_clean.split(":")[0]),
+        sizes.score("clean", clean, why_clean),
         *(sizes.score(attack, [found.get(attack) for found in white], why(WHITE_BOX)) for attack in single),
         *(sizes.score(group, under(group), why(group)) for group in groups),
         number(len(seeds)),
