@@ -37,7 +37,8 @@ def _other_head(models: tuple[Model, ...]) -> Model:
 
 def honest(cell: Cell) -> float:
     """White-box attacks are the strongest; a larger radius breaks more."""
-    weaker = {"white-box": 0.0, "bypass": 0.02, "adjoint": 0.02, "noise-off": 0.02, "transfer": 0.2, "black-box": 0.1}
+    weaker = {"white-box": 0.0, "bypass": 0.02, "adjoint": 0.02, "noise-off": 0.02, "directions": 0.02, "transfer": 0.2}
+    weaker["black-box"] = 0.1
     eps = cell.threat.eps if cell.threat else 0.0
     return max(0.0, 0.98 - 0.3 * eps + (weaker[cell.group.name] if cell.group else 0))
 

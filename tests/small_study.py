@@ -35,6 +35,7 @@ SMALL = replace(
             Group("white-box", (PGD("ce", 3),), 8),
             Group("bypass", (PGD("margin", 3),), 8, "around"),
             Group("adjoint", (PGD("margin", 2),), 4, "adjoint"),
+            Group("directions", (PGD("margin", 3),), 8, "directions"),
             Group("transfer", (Transfer(PGD("margin", 3)),), 8, "others", ("M0",)),
             Group("black-box", (Square(4),), 4, models=("M0", "M4", "M13")),
         ),

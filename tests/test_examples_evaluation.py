@@ -13,7 +13,7 @@ from examples.mnist.attacks import input_gradient
 from examples.mnist.models import Block, Classifier
 from examples.mnist.presets import PRESETS
 from examples.mnist.scores import Scores, holm, mcnemar, wilson, worst
-from examples.mnist.views import QUIET, attacked, surrogate
+from examples.mnist.views import DIRECTIONS, QUIET, attacked, surrogate
 from odelayers import Adjoint, Backprop, GradientError, ODEBlock
 
 DIGITS = data.load("digits").test
@@ -94,7 +94,7 @@ def test_the_noiseless_route_has_the_noisy_values_and_the_noiseless_gradient():
 def test_directions_give_every_draw_the_same_weight(noisy):
     """The logits are the model's. Every draw's gradient at the state that enters the block is cut to length 1, so that
     a loss ten thousand times as large on one draw changes nothing; it decides the gradient without (the control)."""
-    own, unit = (attacked(noisy, 5, generator(), directions=on) for on in (False, True))
+    own, unit = attacked(noisy, 5, generator()), surrogate(noisy, DIRECTIONS, 5, generator())
     x, weights = IMAGES.clone().requires_grad_(), torch.randn(5, len(IMAGES), 10, generator=generator())
     found = {}
     for scale in (1.0, 1e4):

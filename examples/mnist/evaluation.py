@@ -20,7 +20,7 @@ from .models import Classifier
 from .presets import Group, Suite, long_steps
 from .progress import bar
 from .scores import Scores
-from .views import ADJOINT, QUIET, attacked, surrogate
+from .views import ADJOINT, DIRECTIONS, QUIET, attacked, surrogate
 
 __all__ = ["attack_cell", "clean_cell", "craft", "judge", "probe_cell", "spectrum_cell", "stability"]
 
@@ -123,7 +123,8 @@ def _plan(model: Victim, group: Group, draws: int, noise: torch.Generator) -> Pl
     """Every attack by name, with what its gradient comes from; None for the model itself, or for no gradient."""
     sources: dict[str, View | None] = {"": None}
     if group.gradient != "own":
-        detours = {"around": model.routes, "adjoint": (ADJOINT,), "quiet": (QUIET,)}[group.gradient]
+        named = {"adjoint": (ADJOINT,), "quiet": (QUIET,), "directions": (DIRECTIONS,)}
+        detours = named.get(group.gradient) or model.routes
         sources = {route_name(route): surrogate(model, route, draws, noise) for route in detours}
     return [
         (f"{method} {source}".strip(), method, view)
@@ -159,10 +160,12 @@ def probe_cell(model: Victim, data: Split, suite: Suite, seed: int, what: str) -
     view = attacked(model, suite.draws, noise)
     rescaled = {f"logits x {c:g}": _times(view, c) for c in (0.01, 100.0)}
     eot = [
-        (f"{n} {what}", attacked(model, n, noise, directions=what == "directions"), threat)
-        for threat, n in probe.eot
-        for what in ("draws", "directions")
-        if model.noisy
+        (name, view, threat)
+        for threat, n in (probe.eot if model.noisy else ())
+        for name, view in (
+            (f"{n} draws", attacked(model, n, noise)),
+            (f"{n} directions", surrogate(model, DIRECTIONS, n, noise)),
+        )
     ]
     margin, ce, dlr = (long_steps(loss, probe.steps[0]) for loss in ("margin", "ce", "dlr"))
     runs: list[tuple[str, View, Threat, Method]] = [

@@ -20,8 +20,9 @@ class Group:
     """Attacks that are run and recorded together on the first `images` test images (None: all of them).
 
     `gradient` says where their gradients come from: the model's "own", "around" the block on each of its routes, its
-    "adjoint", that of a noisy model made "quiet", or "others", the models named in `sources`, of which "twin" is the
-    model's own. `models` and `threats` name those that the group is for (None: all), `but` models that it is not for.
+    "adjoint", that of a noisy model made "quiet" or of its draws' "directions", or "others", the models named in
+    `sources`, of which "twin" is the model's own. `models` and `threats` name those that the group is for (None: all),
+    `but` models that it is not for.
     """
 
     name: str
@@ -35,7 +36,7 @@ class Group:
     but: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.gradient not in (known := ("own", "around", "adjoint", "quiet", "others")):
+        if self.gradient not in (known := ("own", "around", "adjoint", "quiet", "directions", "others")):
             raise ValueError(f"Group.gradient: expected one of {known}, got {self.gradient!r}")
         if len(names := [str(attack) for attack in self.attacks]) > len(set(names)):
             raise ValueError(f"Group {self.name}: two attacks have one name, and one of them would be lost: {names}")
@@ -45,7 +46,7 @@ class Group:
         named = (self.models is None or model.name in self.models) and model.name not in self.but
         able = {
             "around": model.goes_around, "adjoint": model.block.has_adjoint, "quiet": model.block.noisy,
-            "others": bool(self.others(model)),
+            "directions": model.block.noisy, "others": bool(self.others(model)),
         }  # fmt: skip
         return named and able.get(self.gradient, True) and (self.threats is None or str(threat) in self.threats)
 
@@ -155,7 +156,8 @@ def long_steps(loss: str, steps: int) -> PGD:
 def _attacked(
     images: int | None, steps: int, sources: tuple[str, ...], threats: tuple[str, ...] | None = None, *, back: int
 ) -> tuple[Group, ...]:
-    """White-box, bypass, the gradients of the adjoint and of a noisy model's noiseless solve, and transfer.
+    """White-box, bypass, the gradients of the adjoint, of a noisy model's noiseless solve and its draws' directions,
+    and transfer.
 
     The adjoint takes four times as long as another way around and finds less: it goes `back` on so many images alone.
     """
@@ -165,6 +167,7 @@ def _attacked(
         Group("bypass", (around,), images, "around", threats=threats),
         Group("adjoint", (around,), back, "adjoint", threats=threats),
         Group("noise-off", (own,), images, "quiet", threats=threats),
+        Group("directions", (own,), images, "directions", threats=threats),
         Group("transfer", (Transfer(PGD("margin", steps)),), images, "others", sources, threats=threats),
     )
 

@@ -14,8 +14,8 @@ __all__ = ["KINDS", "NOT_PLANNED", "SIGNIFICANT", "WHITE_BOX", "Results", "mean"
 
 SIGNIFICANT = 0.05
 WHITE_BOX = "white-box"
-# Groups that do without the gradient of the model itself.
-ROUNDABOUT = ("bypass", "adjoint", "noise-off", "transfer", "black-box")
+# Groups that do without the gradient of the model itself, or without its mean over draws of the noise.
+ROUNDABOUT = ("bypass", "adjoint", "noise-off", "directions", "transfer", "black-box")
 NOT_PLANNED = "-"
 KINDS = ("train", "clean", "attack", "spectra", "plane", "probe")  # those that the report draws
 

@@ -14,9 +14,9 @@ from odelayers import Adjoint
 
 from .models import CLASSES, IDENTITY, Classifier
 
-__all__ = ["ADJOINT", "QUIET", "View", "attacked", "surrogate"]
+__all__ = ["ADJOINT", "DIRECTIONS", "QUIET", "View", "attacked", "surrogate"]
 
-ADJOINT, QUIET = "adjoint", "noiseless solve"
+ADJOINT, QUIET, DIRECTIONS = "adjoint", "noiseless solve", "directions"
 ANY_DRIFT = Adjoint(max_drift=1e30)  # an attack may follow a wrong gradient: what it finds is judged on the model
 
 
@@ -42,19 +42,22 @@ class View:
         return _shaped(model, model.head(model.end(z, self.noise)), len(x))
 
 
-def attacked(model: Classifier, draws: int, generator: torch.Generator, *, directions: bool = False) -> View:
+def attacked(model: Classifier, draws: int, generator: torch.Generator) -> View:
     """The model as an attack sees it."""
-    return View(model, draws, generator, directions)
+    return View(model, draws, generator)
 
 
 def surrogate(
     model: Classifier, route: str | float, draws: int, generator: torch.Generator
 ) -> Callable[[Tensor], Tensor]:
-    """The same logits with the adjoint's gradient, or as if the block had no noise, did nothing or ended at `route`.
+    """The same logits with the gradient of `route`: the adjoint's, the draws' directions, or as if the block had no
+    noise, did nothing or ended at that time.
 
     Raises:
         ValueError: the route is the adjoint, and the block's solver has none.
     """
+    if route == DIRECTIONS:
+        return View(model, draws, generator, directions=True)
     block = copy.copy(model.block)  # the same field and weights
     if route == ADJOINT:
         if not ANY_DRIFT.accepts(block.solver):
