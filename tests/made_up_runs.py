@@ -88,6 +88,8 @@ def _config(study: Preset, cell: Cell) -> dict:
         "threads": 1,
         "model": asdict(study.model(cell.model)),
     }
+    if cell.kind == "probe":
+        return config | {"probe": {"apart": 16}}
     if cell.group:
         return config | {"group": {"name": cell.group.name}, "draws": 2, "judging_draws": DRAWS}
     return config
@@ -136,7 +138,8 @@ def _result(study: Preset, cell: Cell, accuracy: Accuracy) -> dict:
     rows += [(f"logits x {c}", "L2 1.5", f"PGD-5 {loss}", 0.5) for c in ("0.01", "100") for loss in ("ce", "dlr")]
     zero = dict.fromkeys(("ce", "margin"), float(cell.model == "M13"))
     probes = [{"probe": what, "threat": t, "attack": a, **_scores(cell, share, 50)} for what, t, a, share in rows]
-    return {"n": 50, "zero_gradients": zero, "probes": probes}
+    apart = {"gradients_apart": {"longest": 0.47, "mean": -0.03, "directions": 0.12}} if cell.model == "M4" else {}
+    return {"n": 50, "zero_gradients": zero, "probes": probes, **apart}
 
 
 def _field(mean: float, random: np.random.Generator) -> dict:

@@ -39,7 +39,7 @@ SMALL = replace(
             Group("transfer", (Transfer(PGD("margin", 3)),), 8, "others", ("M0",)),
             Group("black-box", (Square(4),), 4, models=("M0", "M4", "M13")),
         ),
-        Probe(4, THREATS[1], (("l2", (0.5,)),), (2, 3), ((THREATS[0], 3),)),
+        Probe(4, THREATS[1], (("l2", (0.5,)),), (2, 3), ((THREATS[0], 3),), 4),
         2,
         4,
     ),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -9,9 +10,10 @@ import torch
 from scipy.stats import binomtest
 
 from examples.mnist import data, evaluation
-from examples.mnist.attacks import input_gradient
+from examples.mnist.attacks import PGD, Threat, input_gradient
+from examples.mnist.data import Split
 from examples.mnist.models import Block, Classifier
-from examples.mnist.presets import PRESETS
+from examples.mnist.presets import PRESETS, Group, Probe, Suite
 from examples.mnist.scores import Scores, holm, mcnemar, wilson, worst
 from examples.mnist.views import DIRECTIONS, QUIET, attacked, surrogate
 from odelayers import Adjoint, Backprop, GradientError, ODEBlock
@@ -116,6 +118,61 @@ def test_directions_give_every_draw_the_same_weight(noisy):
     assert found[own, 1e4].norm() > 100 * found[own, 1.0].norm()
 
 
+def test_a_group_by_directions_and_its_probes_follow_them(noisy, monkeypatch):
+    """Their gradients are the surrogate's, not the model's own; the probes beside them average as many draws."""
+    seen = {}
+
+    def kept(view, images, labels, threat, method, *rest, gradient_from=None, **options):
+        gradient, _ = input_gradient(gradient_from or view, images, labels, "margin")
+        seen.setdefault((method.steps, threat.eps), []).append(gradient)
+        return images
+
+    monkeypatch.setattr(evaluation, "perturb", kept)
+    threat, data = Threat("l2", 0.5), DIGITS.first(6)
+    group = Group("directions", (PGD("margin", 7),), None, "directions")
+    suite = Suite((), (), Probe(6, threat, (), (7,), ((Threat("l2", 9.0), 2),)), draws=5, judging_draws=2)
+    record = evaluation.attack_cell(noisy, data, threat, group, suite, {}, 1, "")
+    assert list(record["attacks"]) == ["PGD-7 margin through directions"]
+    own, other = (
+        input_gradient(view, IMAGES, LABELS, "margin")[0]
+        for view in (attacked(noisy, 5, generator()), surrogate(noisy, DIRECTIONS, 5, generator()))
+    )
+    torch.testing.assert_close(seen[7, 0.5][0], other, rtol=1e-4, atol=1e-6)
+    assert (own - other).norm() > 0.1 * other.norm()
+    evaluation.probe_cell(noisy, data, suite, 1, "")
+    draws, directions = seen[7, 9.0]
+    lengths = [gradient.flatten(1).norm(dim=1) for gradient in (draws, directions)]
+    assert (lengths[0] - lengths[1]).abs().min() > 0
+
+
+def test_how_far_gradients_lie_apart():
+    """Known gradients: eight directions of which one is nine times as long decide the mean, and not that of the
+    directions; equal ones agree and share the length in eighths."""
+    labels = torch.zeros(2, dtype=torch.long)
+    data = Split(torch.zeros(2, 1, 1, 2), labels)
+
+    def view(lengths, angles):
+        calls = iter(zip(lengths, angles, strict=True))
+
+        def logits(x):
+            length, angle = next(calls)
+            towards = length * torch.tensor([math.cos(angle), math.sin(angle)])
+            return torch.stack([torch.zeros(len(x)), x.flatten(1) @ towards], 1)
+
+        return logits
+
+    equal, long = [1.0] * 8, [1.0] * 7 + [9.0]
+    same, turned = [0.3] * 8, [0.0] * 7 + [math.pi / 2]
+    found = evaluation.apart(view(equal, same), view(equal, same), data, 8)
+    assert found == pytest.approx({"longest": 1 / 8, "mean": 1, "directions": 1})
+    found = evaluation.apart(view(long, turned), view(equal, turned), data, 8)
+    means = (
+        math.cos(math.atan2(9, 3)),
+        math.cos(math.atan2(1, 3)),
+    )  # the odd half's; the even half's is along the axis
+    assert found == pytest.approx({"longest": 9 / 16, "mean": means[0], "directions": means[1]}, rel=1e-5)
+
+
 def test_the_adjoint_route_has_the_models_values_and_nearly_its_gradient():
     """Solved backwards, the gradient of a mild field is the own one up to the tolerance; the block keeps its own."""
     torch.manual_seed(0)
@@ -192,5 +249,5 @@ def test_probes_look_at_the_attack_of_the_tables(noisy, monkeypatch):
     evaluation.probe_cell(noisy, DIGITS.first(2), suite, 0, "probes")
     (own,) = (attack for attack in suite.groups[0].attacks if attack.loss == "margin")
     margins = [method for method in tried if method.loss == "margin"]
-    assert len(margins) == 13 + 3 + 12 and margins.count(own) == 13 + 1 + 12
+    assert len(margins) == 13 + 3 + 10 and margins.count(own) == 13 + 1 + 10
     assert {method.rate / method.steps for method in tried} == {own.rate / own.steps}

@@ -237,6 +237,13 @@ def test_an_attack_that_finds_less_with_more_steps_is_told(tmp_path):
     assert "it rises for M4 SODEF_0.9, by " in write_report(out).read_text()
 
 
+def test_what_single_draws_say_stands_under_the_probes(text):
+    """Of the noisy model alone, with the numbers of its record."""
+    said = re.findall(r"Gradients at the clean images, each of a single draw of the noise of (\S+) .*?0\.12\.", text)
+    assert said == ["M4"]
+    assert "has 47% of the length of all; two averages over 8 have a cosine of -0.03, by directions 0.12." in text
+
+
 def test_the_paper_stands_beside_the_same_settings(text):
     """T1 has the paper's four rows; ours where this preset has the model, at its threat, PGD on the cross-entropy."""
     rows = table(text, "T1. The paper's table beside ours at L2 0.5")

@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cosine_similarity, normalize
 
 from odelayers import check_stability, spectrum
 
 from .accuracy import states
 from .attacks import AutoAttack, Best, Counted, Method, Model as View, Threat, Transfer, input_gradient, perturb
+from .attacks.common import ascent
 from .certified import CertifiedClassifier, evaluate
 from .data import Split
 from .models import Classifier
@@ -22,7 +22,7 @@ from .progress import bar
 from .scores import Scores
 from .views import ADJOINT, DIRECTIONS, QUIET, attacked, surrogate
 
-__all__ = ["attack_cell", "clean_cell", "craft", "judge", "probe_cell", "spectrum_cell", "stability"]
+__all__ = ["apart", "attack_cell", "clean_cell", "craft", "judge", "probe_cell", "spectrum_cell", "stability"]
 
 CHUNK = 250  # images attacked at once: more leave the cache of a CPU
 Plan = list[tuple[str, Method, View | None]]
@@ -123,8 +123,8 @@ def _plan(model: Victim, group: Group, draws: int, noise: torch.Generator) -> Pl
     """Every attack by name, with what its gradient comes from; None for the model itself, or for no gradient."""
     sources: dict[str, View | None] = {"": None}
     if group.gradient != "own":
-        named = {"adjoint": (ADJOINT,), "quiet": (QUIET,), "directions": (DIRECTIONS,)}
-        detours = named.get(group.gradient) or model.routes
+        named = {"around": model.routes, "adjoint": (ADJOINT,), "quiet": (QUIET,), "directions": (DIRECTIONS,)}
+        detours = named[group.gradient]
         sources = {route_name(route): surrogate(model, route, draws, noise) for route in detours}
     return [
         (f"{method} {source}".strip(), method, view)
@@ -154,18 +154,19 @@ def probe_cell(model: Victim, data: Split, suite: Suite, seed: int, what: str) -
 
     Where there is a solver, its error too: what was found is shown to the model solved in half the steps' length. Of a
     noisy model, more and fewer draws of the noise for a gradient, averaged as they are and by their directions, and how
-    far the draws' gradients lie apart.
+    far the gradients of single draws lie apart at the clean images.
     """
     noise, probe = torch.Generator(data.images.device).manual_seed(seed), suite.probe
     view = attacked(model, suite.draws, noise)
     rescaled = {f"logits x {c:g}": _times(view, c) for c in (0.01, 100.0)}
     eot = [
-        (name, view, threat)
+        (f"{n} {what}", averaged, threat)
         for threat, n in (probe.eot if model.noisy else ())
-        for name, view in (
-            (f"{n} draws", attacked(model, n, noise)),
-            (f"{n} directions", surrogate(model, DIRECTIONS, n, noise)),
+        for what, averaged in (
+            ("draws", attacked(model, n, noise)),
+            ("directions", surrogate(model, DIRECTIONS, n, noise)),
         )
+        if n > 1 or what == "draws"  # the direction of a single draw is that of its gradient
     ]
     margin, ce, dlr = (long_steps(loss, probe.steps[0]) for loss in ("margin", "ce", "dlr"))
     runs: list[tuple[str, View, Threat, Method]] = [
@@ -185,7 +186,10 @@ def probe_cell(model: Victim, data: Split, suite: Suite, seed: int, what: str) -
                 fine = judge(model.finer(), Split(images, data.labels), suite.judging_draws, noise)
                 rows.append({"probe": "half the step", "threat": str(threat), "attack": str(method), **fine.pack()})
     found = {"n": len(data), "zero_gradients": _zero_gradients(view, data), "probes": rows}
-    return found | {"gradients_apart": _apart(attacked(model, 1, noise), data)} if eot else found
+    if not (probe.apart and model.noisy):
+        return found
+    single = attacked(model, 1, noise), surrogate(model, DIRECTIONS, 1, noise)
+    return found | {"gradients_apart": apart(*single, data, probe.apart)}
 
 
 def _times(view: View, factor: float) -> View:
@@ -201,22 +205,29 @@ def _zero_gradients(view: View, data: Split) -> dict[str, float]:
     return shares
 
 
-def _apart(view: View, data: Split, draws: int = 64) -> dict[str, float]:
-    """How far the gradients of single draws of the noise lie apart: medians over the images.
+def apart(mean: View, directions: View, data: Split, draws: int) -> dict[str, float]:
+    """How far gradients with respect to the image lie apart that are of one draw of the noise: medians over the images.
 
-    The share of the longest of eight in the length of all (an eighth, were they equally long), and the cosine between
-    two means over half of the draws each: of the gradients, and of their directions.
+    `longest` is the share of the longest of eight in the length of all (an eighth, were they equally long). The others
+    are the cosine between two averages over half of the draws each, of the gradients that either view gives.
     """
+
+    def gradients(view: View, part: Split) -> Tensor:
+        each = [input_gradient(view, part.images, part.labels, "margin")[0] for _ in range(draws)]
+        return torch.stack(each).flatten(2)
+
+    def cosine(each: Tensor) -> Tensor:
+        first, second = (ascent(half.mean(0), "l2") for half in (each[::2], each[1::2]))
+        return (first * second).sum(1)
+
     found = []
     for part in _chunks(data):
-        each = torch.stack([input_gradient(view, part.images, part.labels, "margin")[0] for _ in range(draws)])
-        each = each.flatten(2)
-        lengths = each[:8].norm(dim=2)
-        share = lengths.amax(0) / lengths.sum(0).clamp_min(torch.finfo(lengths.dtype).tiny)
-        halves = [(x[::2].mean(0), x[1::2].mean(0)) for x in (each, normalize(each, dim=2))]
-        found.append(torch.stack([share, *(cosine_similarity(*pair) for pair in halves)]))
+        plain, scaled = gradients(mean, part), gradients(directions, part)
+        lengths = plain[:8].norm(dim=2)
+        share = lengths.amax(0) / lengths.sum(0).clamp(min=torch.finfo(lengths.dtype).tiny)
+        found.append(torch.stack([share, cosine(plain), cosine(scaled)]))
     medians = torch.cat(found, 1).median(1).values.tolist()
-    return dict(zip(("longest of 8", "cosine of means", "cosine of mean directions"), medians, strict=True))
+    return dict(zip(("longest", "mean", "directions"), medians, strict=True))
 
 
 def spectrum_cell(fields: Iterable[tuple[str, nn.Module, Tensor]]) -> dict[str, Any]:

@@ -143,7 +143,7 @@ def spectra(results: Results) -> str:
 
 
 def probes(results: Results) -> str:
-    """Where the gradient is exactly zero, and whether a mean over draws of the noise is one."""
+    """Where the gradient is exactly zero, and how far those of single draws of the noise lie apart."""
     blind, noisy = [], []
     for name in results.named("model"):
         record = results.record("probe", name)
@@ -151,12 +151,11 @@ def probes(results: Results) -> str:
         if shares and max(shares.values()) > 0:
             blind.append(f"{results.called(name)} ({max(shares.values()):.0%} of the images)")
         if record and (apart := record.result.get("gradients_apart")):
-            longest, *cosines = apart.values()
-            means, directions = (f"{cosine:.2f}" for cosine in cosines)
+            half = record["config"]["probe"]["apart"] // 2
             noisy.append(
-                f" The gradients of single draws of {results.called(name)} differ: the longest of eight has "
-                f"{longest:.0%} of the length of all, two means over 32 have a cosine of {means}, of directions alone "
-                f"of {directions} (medians over images)."
+                f" Gradients at the clean images, each of a single draw of the noise of {results.called(name)} "
+                f"(medians): the longest of eight has {apart['longest']:.0%} of the length of all; two averages over "
+                f"{half} have a cosine of {apart['mean']:.2f}, by directions {apart['directions']:.2f}."
             )
     return (
         f"Gradients that are exactly zero: {', '.join(blind) or 'nowhere'}. With logits a hundred times smaller or "

@@ -60,8 +60,8 @@ class Group:
 class Probe:
     """How the attacks themselves are looked at, on the first `images` test images: radii by norm, numbers of steps.
 
-    `eot` says within which threats and over how many draws of the noise a noisy model's gradient is averaged, as it is
-    and by its directions.
+    Of noisy models: `eot` says within which threats and over how many draws of the noise a gradient is averaged, as it
+    is and by its directions, and `apart` how many draws of it are looked at for how far they lie apart.
     """
 
     images: int
@@ -69,6 +69,7 @@ class Probe:
     radii: tuple[tuple[str, tuple[float, ...]], ...]
     steps: tuple[int, ...]
     eot: tuple[tuple[Threat, int], ...] = ()
+    apart: int = 0
 
 
 @dataclass(frozen=True)
@@ -199,7 +200,7 @@ SMOKE = replace(
     suite=Suite(
         threats=THREATS[:2],
         groups=(*_attacked(images=40, steps=5, sources=(TWIN,), back=10), _black(images=10, queries=20)),
-        probe=Probe(20, THREATS[1], (("l2", (0.5, 3.0)),), (5, 10), ((THREATS[0], 4),)),
+        probe=Probe(20, THREATS[1], (("l2", (0.5, 3.0)),), (5, 10), ((THREATS[0], 4),), 16),
         draws=2,
         judging_draws=8,
     ),
@@ -238,7 +239,7 @@ FULL = replace(
             _black(images=100, queries=2_000, threats=PRIMARY, but=MAIN),
         ),
         probe=Probe(
-            500, THREATS[1], RADII, (40, 100, 1_000), tuple((t, draws) for t in THREATS[:2] for draws in (1, 8, 64))
+            500, THREATS[1], RADII, (40, 100, 1_000), tuple((t, draws) for t in THREATS[:2] for draws in (1, 8, 64)), 64
         ),
         draws=8,
         judging_draws=32,

@@ -14,8 +14,8 @@ __all__ = ["KINDS", "NOT_PLANNED", "SIGNIFICANT", "WHITE_BOX", "Results", "mean"
 
 SIGNIFICANT = 0.05
 WHITE_BOX = "white-box"
-# Groups that do without the gradient of the model itself, or without its mean over draws of the noise.
-ROUNDABOUT = ("bypass", "adjoint", "noise-off", "directions", "transfer", "black-box")
+# Groups that do without the gradient of the model itself.
+ROUNDABOUT = ("bypass", "adjoint", "noise-off", "transfer", "black-box")
 NOT_PLANNED = "-"
 KINDS = ("train", "clean", "attack", "spectra", "plane", "probe")  # those that the report draws
 
@@ -98,12 +98,9 @@ class Results:
         return [(name, why) for name, why in named if why]
 
     def lost(self) -> list[str]:
-        """The trainings that diverged, each named, and why."""
-        own = [
-            f"{kind}-{name}-s{seed} diverged: {record.result['diverged']}"
-            for (kind, name, seed, *_), record in self._records.items()
-            if "diverged" in record.result
-        ]
+        """What diverged, each named, and why."""
+        diverged = [record for record in self.records() if "diverged" in record.result]
+        own = [f"{record['stage']} diverged: {record.result['diverged']}" for record in diverged]
         return list(dict.fromkeys([*own, *(cell["lost"] for cell in self.run["cells"] if cell["lost"])]))
 
     def retrained(self) -> list[str]:

@@ -179,7 +179,7 @@ class Study:
         suite = self.preset.suite
         probe = asdict(suite.probe)
         if not self.preset.model(cell.model).block.noisy:
-            del probe["eot"]
+            del probe["eot"], probe["apart"]
         config |= {"probe": probe, "draws": suite.draws, "judging_draws": suite.judging_draws}
         images = self.data.test.first(suite.probe.images)
         return lambda: probe_cell(self.load(cell.model, cell.seed), images, suite, config["seed"], cell.name)

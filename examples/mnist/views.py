@@ -8,13 +8,13 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
 
 from odelayers import Adjoint
 
+from .attacks.common import ascent
 from .models import CLASSES, IDENTITY, Classifier
 
-__all__ = ["ADJOINT", "DIRECTIONS", "QUIET", "View", "attacked", "surrogate"]
+__all__ = ["ADJOINT", "DIRECTIONS", "QUIET", "attacked", "surrogate"]
 
 ADJOINT, QUIET, DIRECTIONS = "adjoint", "noiseless solve", "directions"
 ANY_DRIFT = Adjoint(max_drift=1e30)  # an attack may follow a wrong gradient: what it finds is judged on the model
@@ -24,8 +24,8 @@ ANY_DRIFT = Adjoint(max_drift=1e30)  # an attack may follow a wrong gradient: wh
 class View:
     """The model as an attack sees it: logits (B, 10), or (draws, B, 10) where it draws from `noise`.
 
-    With `directions` every draw's gradient has length 1 at the state that enters the block: their mean follows what
-    most draws agree on, not the few whose gradients are longest.
+    With `directions` every draw's gradient is scaled to length 1 at the state that enters the block: their mean follows
+    what most draws agree on, not the few whose gradients are longest.
     """
 
     model: Classifier
@@ -38,7 +38,7 @@ class View:
         model = self.model
         z = _draws(model, model.features(x), self.draws)
         if self.directions and z.requires_grad:
-            z.register_hook(lambda gradient: normalize(gradient, dim=1))
+            z.register_hook(lambda gradient: ascent(gradient, "l2"))
         return _shaped(model, model.head(model.end(z, self.noise)), len(x))
 
 
