@@ -160,13 +160,13 @@ def probe_cell(model: Victim, data: Split, suite: Suite, seed: int, what: str) -
     view = attacked(model, suite.draws, noise)
     rescaled = {f"logits x {c:g}": _times(view, c) for c in (0.01, 100.0)}
     eot = [
-        (f"{n} {what}", averaged, threat)
+        (f"{n} {taken}", averaged, threat)
         for threat, n in (probe.eot if model.noisy else ())
-        for what, averaged in (
+        for taken, averaged in (
             ("draws", attacked(model, n, noise)),
             ("directions", surrogate(model, DIRECTIONS, n, noise)),
         )
-        if n > 1 or what == "draws"  # the direction of a single draw is that of its gradient
+        if n > 1 or taken == "draws"  # the direction of a single draw is that of its gradient
     ]
     margin, ce, dlr = (long_steps(loss, probe.steps[0]) for loss in ("margin", "ce", "dlr"))
     runs: list[tuple[str, View, Threat, Method]] = [

@@ -25,7 +25,7 @@ Brackets hold Wilson 95 % intervals over the images. Accuracy under attack is ju
 noise on; of a model that draws noise it is the mean over draws, and *vote* is the accuracy of its most frequent
 answer. *White-box* attacks use the model's own gradient, *bypass* attacks one that goes around the block, *adjoint*
 attacks the one that is solved for backwards, *noise-off* attacks that of the same block solved without its noise,
-*directions* attacks the mean of the gradients of its draws, each scaled to length 1 where it leaves the block,
+*directions* attacks the mean of the gradients of its draws, each scaled to length 1 at the input of the block,
 *transfer* attacks one of another model, *black-box* attacks none. **The robustness reported is the worst of
 everything**, sample by sample; a sample is judged over the attacks that were run on it, as some are run on the first
 images alone. A model is *masked* where attacks without its own gradient break significantly more (paired
