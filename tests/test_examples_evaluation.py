@@ -94,8 +94,8 @@ def test_the_noiseless_route_has_the_noisy_values_and_the_noiseless_gradient():
 
 
 def test_directions_give_every_draw_the_same_weight(noisy):
-    """The logits are the model's. Every draw's gradient at the state that enters the block is cut to length 1, so that
-    a loss ten thousand times as large on one draw changes nothing; it decides the gradient without (the control)."""
+    """The logits are the model's. Every draw's gradient at the state that enters the block is scaled to length 1, so
+    that a loss ten thousand times as large on one draw changes nothing; without, it decides all (the control)."""
     own, unit = attacked(noisy, 5, generator()), surrogate(noisy, DIRECTIONS, 5, generator())
     x, weights = IMAGES.clone().requires_grad_(), torch.randn(5, len(IMAGES), 10, generator=generator())
     found = {}
@@ -119,30 +119,30 @@ def test_directions_give_every_draw_the_same_weight(noisy):
 
 
 def test_a_group_by_directions_and_its_probes_follow_them(noisy, monkeypatch):
-    """Their gradients are the surrogate's, not the model's own; the probes beside them average as many draws."""
-    seen = {}
+    """A group's gradients are the surrogate's, not the model's own; a probe has both, over as many draws; of one draw
+    the direction is the gradient's, and is left out."""
+    seen = []
 
     def kept(view, images, labels, threat, method, *rest, gradient_from=None, **options):
-        gradient, _ = input_gradient(gradient_from or view, images, labels, "margin")
-        seen.setdefault((method.steps, threat.eps), []).append(gradient)
+        seen.append((threat, view, input_gradient(gradient_from or view, images, labels, "margin")[0]))
         return images
 
     monkeypatch.setattr(evaluation, "perturb", kept)
     threat, data = Threat("l2", 0.5), DIGITS.first(6)
     group = Group("directions", (PGD("margin", 7),), None, "directions")
-    suite = Suite((), (), Probe(6, threat, (), (7,), ((Threat("l2", 9.0), 2),)), draws=5, judging_draws=2)
+    far = Threat("l2", 9.0)
+    suite = Suite((), (), Probe(6, threat, (), (7,), ((far, 1), (far, 2))), draws=5, judging_draws=2)
     record = evaluation.attack_cell(noisy, data, threat, group, suite, {}, 1, "")
     assert list(record["attacks"]) == ["PGD-7 margin through directions"]
     own, other = (
         input_gradient(view, IMAGES, LABELS, "margin")[0]
         for view in (attacked(noisy, 5, generator()), surrogate(noisy, DIRECTIONS, 5, generator()))
     )
-    torch.testing.assert_close(seen[7, 0.5][0], other, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(seen[0][2], other, rtol=1e-4, atol=1e-6)
     assert (own - other).norm() > 0.1 * other.norm()
     evaluation.probe_cell(noisy, data, suite, 1, "")
-    draws, directions = seen[7, 9.0]
-    lengths = [gradient.flatten(1).norm(dim=1) for gradient in (draws, directions)]
-    assert (lengths[0] - lengths[1]).abs().min() > 0
+    probed = [(view.draws, view.directions) for where, view, _ in seen if where == far]
+    assert probed == [(1, False), (2, False), (2, True)]
 
 
 def test_how_far_gradients_lie_apart():
@@ -166,11 +166,8 @@ def test_how_far_gradients_lie_apart():
     found = evaluation.apart(view(equal, same), view(equal, same), data, 8)
     assert found == pytest.approx({"longest": 1 / 8, "mean": 1, "directions": 1})
     found = evaluation.apart(view(long, turned), view(equal, turned), data, 8)
-    means = (
-        math.cos(math.atan2(9, 3)),
-        math.cos(math.atan2(1, 3)),
-    )  # the odd half's; the even half's is along the axis
-    assert found == pytest.approx({"longest": 9 / 16, "mean": means[0], "directions": means[1]}, rel=1e-5)
+    mean, directions = (math.cos(math.atan2(up, 3)) for up in (9, 1))  # of the odd calls; the even ones are the axis
+    assert found == pytest.approx({"longest": 9 / 16, "mean": mean, "directions": directions}, rel=1e-5)
 
 
 def test_the_adjoint_route_has_the_models_values_and_nearly_its_gradient():
