@@ -61,13 +61,14 @@ class Comparison:
         return t_interval([pair.difference for pair in self.pairs])
 
     @property
+    def one_sided(self) -> bool:
+        """Whether all seeds put the same model ahead."""
+        return len({(pair.difference > 0) - (pair.difference < 0) for pair in self.pairs}) == 1
+
+    @property
     def agree(self) -> bool:
         """Whether all seeds, two at least, put the same model ahead, and by more than they differ."""
-        if self.interval is None:
-            return False
-        signs = {(pair.difference > 0) - (pair.difference < 0) for pair in self.pairs}
-        low, high = self.interval
-        return len(signs) == 1 and not low <= 0 <= high
+        return self.one_sided and self.interval is not None and not self.interval[0] <= 0 <= self.interval[1]
 
     def verdict(self, p: float | None = None) -> str:
         """What may be said, with `p` corrected for the family that the comparison belongs to."""
@@ -79,7 +80,7 @@ class Comparison:
         if significant and self.agree:
             return "better" if self.difference > 0 else "worse"
         if significant:
-            return "not claimed: the seeds disagree"
+            return "not claimed: zero is in the t interval" if self.one_sided else "not claimed: the seeds disagree"
         return "not claimed: McNemar is not significant" if self.agree else "no difference"
 
 

@@ -25,6 +25,7 @@ def answer(results: Results, found: Comparison) -> str:
     )
     reason = {"not claimed: one seed": "one seed says nothing of another training",
               "not claimed: the seeds disagree": "McNemar's test is significant, but the seeds disagree",
+              "not claimed: zero is in the t interval": "the seeds agree, but zero is in their t interval",
               "not claimed: McNemar is not significant": "the seeds agree, but McNemar's test is not significant",
               "no difference": f"McNemar's test is not significant at the {SIGNIFICANT:.0%} level"}  # fmt: skip
     because = f" ({reason[verdict]})" if verdict in reason else ""

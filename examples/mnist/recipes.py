@@ -20,8 +20,8 @@ class Model:
 
     `regularised` adds SODEF's constraints to phases without a penalty of their own. Without `widths` the extractor has
     those of the preset. With a `certified` recipe it is the certified model, and all else here but the name is not
-    used. It is trained with `seeds` seeds. It is compared with `control`, the model that differs from it in one thing,
-    by default the one it starts from; images made on its `twin` without a block are transferred to it.
+    used. It is trained with `seeds` seeds. It is compared with `control`, the nearest model without what it adds, by
+    default the one it starts from; images made on its `twin` without a block are transferred to it.
     """
 
     name: str

@@ -28,7 +28,9 @@ attacks the one that is solved for backwards, *noise-off* attacks that of the sa
 *directions* attacks the mean of the gradients of its draws, each scaled to length 1 at the input of the block,
 *transfer* attacks one of another model, *black-box* attacks none. **The robustness reported is the worst of
 everything**, sample by sample; a sample is judged over the attacks that were run on it, as some are run on the first
-images alone. A model is *masked* where attacks without its own gradient break significantly more (paired
+images alone. Queries count the images that a model was asked to judge or differentiate, not the passes that give the
+gradient of a stand-in (bypass, adjoint, noise-off, directions; AutoAttack's own version for noise). A model is
+*masked* where attacks without its own gradient break significantly more (paired
 McNemar, Holm-corrected over the groups and seeds of the model within the threat). Numbers and pictures are of a
 model's first seed unless they say otherwise; further seeds are attacked on fewer images, and stand in tables of what
 they have in common. Pictures show {drawn} of the {models} models.
@@ -69,8 +71,9 @@ def blocks(results: Results, out: Path) -> list[Block]:
         tables.primary_table(results, primary) if primary.pairs else None,
         Heading("Other comparisons"),
         Text(
-            "Every model against its control, which differs from it in one thing, or against the one it started from: "
-            "one Holm family of those with several seeds, the same rule."
+            "Every model against its control, or against the one it started from; the two may differ in more than one "
+            "thing (*How it was done*). One Holm family of those with several seeds, the same rule; t intervals are as "
+            "they are."
         ),
         tables.family_table(results),
         Heading("The paper's table"),
