@@ -26,6 +26,8 @@ class NFECount:
 def count_nfe(module: nn.Module) -> Iterator[NFECount]:
     """Count the evaluations of the fields of all blocks in a module, those of backward passes included.
 
+    As in `Stats.nfe`, an `SDEBlock` counts by its drift.
+
     Args:
         module: a block or any module that holds blocks.
 

@@ -12,10 +12,12 @@ from torch.autograd import forward_ad
 
 from odelayers._field import Field, tensors
 
-__all__ = ["Evaluator", "OnCall", "dual", "readable", "traced", "transformed", "vmapped"]
+__all__ = ["Evaluator", "OnCall", "ambient", "dual", "readable", "traced", "transformed", "vmapped"]
 
 OnCall = Callable[[], None]
+Inspect = Callable[[Tensor, Tensor | float, Tensor], None]
 KEPT = 8  # evaluations through which the first value must last: a step of any method here combines fewer
+RETRIES = 8  # of a field that may have drawn random numbers: few enough values may agree by chance
 SAMPLED = 16  # the evaluation after the first that is watched in inference mode; then those twice as far
 
 
@@ -54,6 +56,11 @@ def vmapped(z: Tensor) -> bool:
     return False
 
 
+def ambient(device: torch.device) -> torch.dtype | None:
+    """The dtype of the autocast that the caller is in; None outside of one."""
+    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
+
+
 def _counting(z: Tensor) -> Tensor:
     """A copy of z that counts the writes into it, which tensors made in inference mode do not."""
     if not torch.is_inference_mode_enabled():
@@ -89,7 +96,7 @@ class Evaluator:
         self.field, self.batch, self.half, self.on_call = field, batch, half, on_call
         self.programs = programs  # the solver's compiled programs of the field, None for an eager solve
         self.nfe = 0
-        self.inspect: Callable[[Tensor, Tensor], None] | None = None  # sees the first value and its state
+        self.inspect: Inspect | None = None  # sees the first value, its time and its state
         self.within: Callable[[], AbstractContextManager[None]] | None = None  # every evaluation runs inside it
         self._found: tuple[Tensor, Tensor, int] | None = None  # the first value, a copy of it, and its version
 
@@ -130,7 +137,8 @@ class Evaluator:
         try:
             dz = self._plain(t, z)
         except RuntimeError as error:
-            if z.is_leaf and z.requires_grad and "in-place operation" in str(error):  # the point of a Jacobian
+            point = z._base if z._base is not None else z  # of a Jacobian
+            if point.is_leaf and point.requires_grad and "in-place operation" in str(error):
                 raise self._wrote() from error
             raise
         if z._version != version:
@@ -176,19 +184,36 @@ class Evaluator:
             raise TypeError(f"{where}: expected dz/dt in the state's {z.dtype}, got {dz.dtype}; cast the field or z")
         if copy._version != version:
             raise self._wrote()
-        if not torch.equal(drawn, _random_state(z.device)):
+        if not torch.equal(drawn, _random_state(z.device)) and self._draws(t, copy):
             raise ValueError(
                 f"{where}: the field draws random numbers (functional dropout, RReLU, attention with dropout): every "
                 f"evaluation would be of another field. Use DropoutSDEBlock or SDEBlock for noise along the solve, "
                 f"draw before it and pass the draw as context=, or call field.eval()"
             )
         if self.inspect is not None:
-            self.inspect(dz, copy)
+            self.inspect(dz, t, copy)
             dz = dz if recording else dz.detach()
         if dz.dtype != z.dtype:
             return dz.to(z.dtype)  # a copy already
         self._found = dz, dz.detach().clone(), -1 if dz.is_inference() else dz._version
         return dz
+
+    @torch.no_grad()
+    def _draws(self, t: Tensor | float, z: Tensor) -> bool:
+        """Whether the field has drawn random numbers, called again and again: if not, it was another thread.
+
+        Also beside z, as at 0 a dropout may change nothing.
+        """
+        for state in (z, z + 1):
+            first = self._evaluate(t, state.clone())
+            for _ in range(RETRIES):
+                drawn = _random_state(z.device)
+                again = self._evaluate(t, state.clone())
+                if torch.equal(drawn, _random_state(z.device)):
+                    return False
+                if not bool(((again == first) | again.isnan() & first.isnan()).all()):
+                    return True
+        return False
 
     def _early(self, t: Tensor | float, z: Tensor) -> Tensor:
         """One of the evaluations after the first, which must leave what the first has returned alone."""

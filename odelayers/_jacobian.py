@@ -159,7 +159,8 @@ def _differentiate(
     D = z.shape[1:].numel()
     with torch.inference_mode(False), torch.enable_grad():
         # To a transform with respect to anything else, z itself would be a constant: its leaf is refused.
-        x = z if further and z.requires_grad and within(z) else leaf(z)
+        # A view of its own: hooks on z see the gradients of the caller's graph, not those that are taken here.
+        x = z.view_as(z) if further and z.requires_grad and within(z) else leaf(z)
         into = [x]
         if in_time and isinstance(t, Tensor):
             t = t if further and t.requires_grad else leaf(t)
@@ -232,7 +233,8 @@ def _has_other_leaf(out: Tensor, inputs: list[Tensor]) -> bool:
 def _verify(field: Field, z: Tensor, t: Tensor | float, J: Tensor) -> None:
     """Compare J v with a forward-mode derivative along a random v, which sees all rows at once."""
     with torch.no_grad():
-        v = torch.randn(z.shape, generator=torch.Generator().manual_seed(0), dtype=z.dtype).to(z.device)
+        v = torch.randn(z.shape, generator=torch.Generator().manual_seed(0), dtype=z.dtype, device="cpu")
+        v = v.to(z.device)
         expected = jvp(field, z.detach(), v, t)
         bad = _disagreeing_rows(J, v, expected)
         if not bad:

@@ -195,7 +195,7 @@ def _arnoldi(product: Callable[[Tensor], Tensor], z: Tensor, iterations: int, wh
     draws = torch.Generator().manual_seed(0)  # the same for every row: none depends on its place among its mates
 
     def direction() -> Tensor:
-        return torch.randn(D, generator=draws, dtype=torch.float64).to(z.device, dtype).expand(B, D)
+        return torch.randn(D, generator=draws, dtype=torch.float64, device="cpu").to(z.device, dtype).expand(B, D)
 
     V, H = (
         torch.zeros(B, m + 1, D, dtype=dtype, device=z.device),

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from odelayers._driver import Driver
-from odelayers._evaluator import Evaluator, OnCall, dual, readable
+from odelayers._evaluator import Evaluator, OnCall, ambient, dual, readable
 from odelayers._field import Field, training_batchnorm, training_dropout
 from odelayers._gradients import Adjoint, Backprop, Checkpoint, Gradient, Implicit, Reversible
 from odelayers._solution import SolveError, Stats, Status
@@ -141,14 +141,14 @@ def solve(problem: Problem, solver: Solver, gradient: Gradient, isolate: bool) -
     failed_at = torch.full((batch,), torch.nan, device=device)
     rows = torch.arange(batch, device=device)
     part, nfe = problem, 0
-    # The field alone runs under autocast, the user's or that of a half-precision state: sums of stages do not.
-    ambient = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
-    half = ambient if problem.half is None else problem.half
+    # The fields alone run under autocast, the user's or that of a half-precision state: sums of stages do not.
+    outer = ambient(device)
+    half = problem.half or outer
     while True:
         f = Evaluator(part.field, len(rows), half, part.on_call, part.programs)
         way = _way(solver, part.equilibrium)
         try:
-            with torch.autocast(device.type, enabled=False) if ambient else nullcontext():
+            with torch.autocast(device.type, enabled=False) if outer else nullcontext():
                 path = gradient.solve(way, f, part.z0, part.ts, part.driver)
             _check_range(path.zs, part, solver, f)
             break

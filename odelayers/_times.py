@@ -76,9 +76,15 @@ def output_times(ts: Tensor | Sequence[float], like: Tensor, where: str) -> Time
     """Given output times `(T,)`, strictly increasing or decreasing."""
     if not isinstance(ts, Tensor | Sequence) or isinstance(ts, str):
         raise TypeError(f"{where}: ts: expected a Tensor (T,) or a list of times, got {type(ts).__name__}")
-    values = torch.as_tensor(ts, dtype=torch.float64 if not isinstance(ts, Tensor) else None)
-    if values.requires_grad:
+    given = [ts] if isinstance(ts, Tensor) else ts
+    if any(isinstance(t, Tensor) and t.requires_grad for t in given):
         raise ValueError(f"{where}: ts: output times carry no gradient; pass the end time as t1=tensor for one")
+    try:
+        values = ts if isinstance(ts, Tensor) else torch.as_tensor(ts, dtype=torch.float64)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"{where}: ts: expected a list of numbers, got {ts!r}") from error
+    if values.is_complex():
+        raise TypeError(f"{where}: ts: expected real times, got {values.dtype}")
     if values.ndim != 1 or not len(values):
         raise ValueError(f"{where}: ts: expected output times of shape (T,), T >= 1, got {tuple(values.shape)}")
     times = [float(t) for t in values.tolist()]

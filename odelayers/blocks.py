@@ -13,7 +13,7 @@ from odelayers._block import Block, FieldFunction, resolve_solver
 from odelayers._block_sde import NoisyBlock
 from odelayers._count import count_nfe
 from odelayers._driver import Diffusion, Driver, NoisyClock, Uniform
-from odelayers._evaluator import Evaluator
+from odelayers._evaluator import Evaluator, ambient
 from odelayers._field import Field, takes_time
 from odelayers._gradients import Backprop, Gradient
 from odelayers._solve import check_layers
@@ -201,10 +201,11 @@ class SDEBlock(NoisyBlock):
         generator: torch.Generator | None,
         noise: Tensor | None,
     ) -> Driver:
-        g = Field(self.g, self._g_takes_time, context)
+        g = Field.of(self.g, self._g_takes_time, context)
         check_layers(g, self.gradient, self._where)
         brownian = self._brownian(times, z0, generator, noise)
-        return Diffusion(times.clock, brownian, Evaluator(g, len(z0), half), self.calculus)
+        evaluator = Evaluator(g, len(z0), half or ambient(z0.device))
+        return Diffusion(times.clock, brownian, evaluator, self.calculus)
 
 
 class DropoutSDEBlock(NoisyBlock):

@@ -263,16 +263,19 @@ class LyaNetRegularizer:
 
         Raises:
             TypeError: z is not a floating-point tensor.
-            ValueError: f returns another shape than z's.
+            ValueError: z is empty, or f returns another shape than z's.
 
         >>> z, y = torch.zeros(1, 2), torch.tensor([0])
         >>> round(LyaNetRegularizer(kappa=2.0)(lambda z: -z, z, y, lambda z: z).item(), 4)
         1.3863
         """
         z = state(z, "LyaNetRegularizer")
+        if z.numel() == 0:
+            raise ValueError(f"LyaNetRegularizer: expected points, got an empty z of shape {tuple(z.shape)}")
         further = torch.is_grad_enabled()
         with torch.enable_grad():
-            x = z if further and z.requires_grad else z.detach().requires_grad_()
+            # A view of its own: hooks on z see the gradients of the caller's graph, not the one that is taken here.
+            x = z.view_as(z) if further and z.requires_grad else z.detach().requires_grad_()
             potential = F.cross_entropy(head(x), y, reduction="none")
             (gradient,) = torch.autograd.grad(potential.sum(), x, create_graph=further)
         velocity = Evaluator(Field.of(f), len(z))(t, z)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from odelayers import (
     RK4,
@@ -155,3 +155,25 @@ def test_the_adjoint_keeps_no_graph_of_the_steps() -> None:
                 seen.add(at)
                 node.extend(nxt for nxt, _ in at.next_functions)
         assert (len(seen) < limit) and (limit == 20 or len(seen) > 500)
+
+
+class Mixed(nn.Module):
+    """A field with parameters of other dtypes than its state's: a float64 number, a complex spectrum."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor([[0.2, -0.4], [0.3, 0.1]]))
+        self.rate = nn.Parameter(torch.tensor(0.5, dtype=torch.float64))
+        self.spectrum = nn.Parameter(torch.tensor([0.5 + 0.3j, 0.2 - 0.1j]))
+
+    def forward(self, z: Tensor) -> Tensor:
+        return torch.tanh(z @ self.weight) - self.rate * z + torch.fft.ifft(self.spectrum * torch.fft.fft(z)).real
+
+
+def test_parameters_of_other_dtypes_have_an_adjoint() -> None:
+    """Their integrals run along in the state's dtype, complex ones as two parts; each gradient has its own dtype."""
+    f, z = Mixed(), torch.tensor([[1.0, -0.5], [0.3, 0.8]])
+    found, expected = (gradients(ODEBlock(f, gradient=g)(z).sum(), f.parameters()) for g in (Adjoint(), Backprop()))
+    for p, ours, theirs in zip(f.parameters(), found, expected, strict=True):
+        assert ours.dtype == p.dtype
+        assert (ours - theirs).abs().max() < 1e-3 and theirs.abs().max() > 0.1

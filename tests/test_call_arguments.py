@@ -31,6 +31,8 @@ def test_a_context_without_a_place_in_the_signature_is_refused_with_the_remedy()
         ODEBlock(lambda z, c: -c * z)(z, context=c)
     with pytest.raises(TypeError, match=r"called as f\(z, context\) with 1 context tensor"):
         ODEBlock(lambda z: -z)(z, context=c)
+    with pytest.raises(TypeError, match=r"called as f\(z, context\) with 1 context tensor"):
+        SDEBlock(lambda z, c: -z, lambda z: z, time=False)(z, context=c)
     solver = RK4(steps=20)
     assert (ODEBlock(lambda z, c: -c * z, time=False, solver=solver)(z, context=c) - torch.exp(-z)).abs().max() < 1e-6
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from odelayers._jacobian import jacobian, jvp
+from odelayers._krylov import rightmost_eigenvalues
 from odelayers.fields import MLP, ConvexPotential, ConvField, SineField, SkewSymmetric
 
 pytestmark = pytest.mark.timeout(60)
@@ -250,3 +251,11 @@ def test_jacobians_stay_on_cuda() -> None:
         found = jacobian(f.cuda(), z.cuda(), verify=True)
         assert found.is_cuda
         torch.testing.assert_close(found.cpu(), expected, rtol=0, atol=1e-10)
+
+
+def test_a_default_device_is_none_of_its_business() -> None:
+    """What is drawn to verify a Jacobian, or to start a Krylov space, is drawn where the points can be reached."""
+    f, z = nn.Tanh(), torch.linspace(-1, 1, 6).reshape(2, 3)
+    with torch.device("meta"):
+        assert jacobian(f, z, verify=True).device == z.device
+        assert rightmost_eigenvalues(f, z, k=1)[0].device == z.device

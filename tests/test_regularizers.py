@@ -288,3 +288,9 @@ def test_all_terms_weigh_one_unless_told() -> None:
     z = torch.zeros(4, 3)
     assert LyapunovRegularizer()(lambda z: 0 * z, z).item() == pytest.approx(2.0)
     assert LyapunovRegularizer()(lambda z: 0 * z + 1, z).item() == pytest.approx(3.0)
+
+
+def test_lyanet_needs_points() -> None:
+    """The mean over no points would be NaN."""
+    with pytest.raises(ValueError, match=r"LyaNetRegularizer: expected points, got an empty z of shape \(0, 3\)"):
+        LyaNetRegularizer()(lambda z: -z, torch.zeros(0, 3), torch.zeros(0, dtype=torch.long), lambda z: z)

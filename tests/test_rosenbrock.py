@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import gradcheck, gradgradcheck
 
-from odelayers import Dopri5, KineticRegularizer, ODEBlock, Rodas5P
+from odelayers import Dopri5, KineticRegularizer, ODEBlock, Rodas5P, jacobian
 from odelayers._solvers.factored import Factored
 
 F64 = torch.float64
@@ -159,3 +159,14 @@ def test_a_solve_of_nothing_to_train_leaves_no_graph() -> None:
     z = torch.ones(2, 2, dtype=F64)
     assert not ODEBlock(lambda t, z: -z * t, solver=Rodas5P()).solve(z).final.requires_grad
     assert ODEBlock(Timed(), solver=Rodas5P()).solve(z).final.requires_grad
+
+
+@pytest.mark.parametrize("dim", [3, 7])
+def test_a_block_has_a_jacobian_whatever_its_size(dim: int) -> None:
+    """A few outputs are differentiated one by one, more of them at once: either passes through the linear equations."""
+    torch.manual_seed(0)
+    f, z = nn.Sequential(nn.Linear(dim, dim, dtype=F64), nn.Tanh()), torch.randn(3, dim, dtype=F64, requires_grad=True)
+    found, expected = (jacobian(ODEBlock(f, solver=s), z) for s in (Rodas5P(1e-9, 1e-9), Dopri5(1e-10, 1e-10)))
+    assert (found - expected).abs().max() < 1e-8
+    second, wanted = (torch.autograd.grad(J.square().sum(), z)[0] for J in (found, expected))
+    assert (second - wanted).abs().max() < 1e-7

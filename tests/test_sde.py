@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torchsde
-from torch import Tensor
+from torch import Tensor, nn
 
 from odelayers import (
     RK4,
@@ -258,3 +258,26 @@ def test_the_factor_of_a_step_in_one_pass_is_that_of_its_increment() -> None:
         for step, h in ((0, 0.25), (1, 0.01)):
             (drawn,), (made,) = driver.step_factors(step, h), driver.factors(h, driver.increment(step, h))
             torch.testing.assert_close(drawn, made, rtol=1e-14, atol=1e-15)
+
+
+class Recorded(nn.Module):
+    """A field of a context, linear, that notes the dtype it computes in."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.dtypes = nn.Linear(2, 2), set()
+
+    def forward(self, z: Tensor, c: Tensor) -> Tensor:
+        found = self.linear(c)
+        self.dtypes.add(found.dtype)
+        return found - z
+
+
+def test_drift_and_diffusion_run_under_the_caller_s_autocast() -> None:
+    """What made the context in bfloat16 made it for both fields; the state stays in float32."""
+    f, g, encoder = Recorded(), Recorded(), nn.Linear(2, 2)
+    block = SDEBlock(f, g, solver=EulerMaruyama(5), time=False)
+    with torch.autocast("cpu", torch.bfloat16):
+        end = block(torch.ones(3, 2), context=encoder(torch.ones(3, 2)))
+    assert f.dtypes == g.dtypes == {torch.bfloat16}
+    assert end.dtype == torch.float32

@@ -13,7 +13,8 @@ from odelayers._checks import positive_number
 from odelayers._driver import Clock, Driver
 from odelayers._evaluator import Evaluator
 from odelayers._field import Field, as_rows
-from odelayers._gradients.base import Gradient, Setting, check_cotangent, cut, evaluators
+from odelayers._gradients.base import Gradient, cut, evaluators
+from odelayers._gradients.setting import Setting
 from odelayers._solution import GradientError
 from odelayers._solvers.adaptive import AdaptiveRungeKutta
 from odelayers._solvers.base import Path, Solver, row_rms
@@ -68,14 +69,14 @@ class Adjoint(Gradient):
         if not torch.is_grad_enabled():
             return solver.integrate(f, z0, ts, driver)
         driver, originals, leaves = cut(f, driver)
-        setting = Setting(f, driver, z0.device)
+        setting = Setting(f, driver, z0.device, originals, leaves)
         if isinstance(solver, TorchSDE) or (isinstance(solver, TorchDiffEq) and solver.method != "scipy_solver"):
             for evaluator in evaluators(f, driver):
                 evaluator.within = setting.restored  # the library evaluates again in its own backward pass
-            path, zs = _Library.solved(solver, f, z0, ts, driver, originals, leaves)
+            path, zs = _Library.solved(solver, f, z0, ts, driver, originals, setting)
             setting.check_still()
             return replace(path, zs=zs)
-        backward = _Backward(self, solver, f, tuple(ts), cast(Clock, driver), setting, leaves)
+        backward = _Backward(self, solver, f, tuple(ts), cast(Clock, driver), setting)
         zs = _Flow.apply(backward, z0, *originals)  # type: ignore[no-untyped-call]
         return Path(zs, backward.accepted, backward.rejected)
 
@@ -91,10 +92,9 @@ class _Backward:
         ts: tuple[float, ...],
         clock: Clock,
         setting: Setting,
-        wanted: list[Tensor],
     ) -> None:
         self.gradient, self.solver, self.f, self.ts, self.clock = gradient, solver, f, ts, clock
-        self.setting, self.wanted = setting, wanted
+        self.setting, self.wanted = setting, setting.leaves
         self.accepted = self.rejected = 0
 
     def forward(self, z0: Tensor) -> Tensor:
@@ -108,7 +108,8 @@ class _Backward:
         n, shape = zs[0].numel(), zs[0].shape
         field = _AdjointField(self.f, self.clock, self.wanted, shape)
         equation = Evaluator(cast(Field, field), 1)
-        totals = torch.cat([torch.zeros_like(x).reshape(-1) for x in self.wanted]) if self.wanted else zs.new_empty(0)
+        sizes = [_real(x).numel() for x in self.wanted]
+        totals = zs.new_zeros(sum(sizes))  # in the state's dtype, whatever the parameters' are
         a = gradient[-1]
         size = torch.stack([as_rows(z).norm(dim=1) for z in zs]).amax(dim=0)  # of each row along its solution
         for i in range(len(self.ts) - 1, 0, -1):
@@ -117,8 +118,7 @@ class _Backward:
             y = self.solver.integrate(equation, y, span, Clock(), norm=lambda e: _sample_norm(e, n, shape)).zs[-1, 0]
             self._check_drift(y[:n].view(shape), zs[i - 1], size, self.ts[i - 1])
             a, totals = y[n : 2 * n].view(shape) + gradient[i - 1], y[2 * n :]
-        parts = torch.split(totals, [x.numel() for x in self.wanted]) if self.wanted else ()
-        shaped = [part.view(x.shape) for part, x in zip(parts, self.wanted, strict=True)]
+        shaped = [_as(part, x) for part, x in zip(torch.split(totals, sizes), self.wanted, strict=True)]
         return [a, *(g if used else None for g, used in zip(shaped, field.used, strict=True))]
 
     def _check_drift(self, recovered: Tensor, stored: Tensor, size: Tensor, t: float) -> None:
@@ -133,6 +133,17 @@ class _Backward:
             )
 
 
+def _real(x: Tensor) -> Tensor:
+    """A complex tensor as real and imaginary parts, any other as it is."""
+    return torch.view_as_real(x.resolve_conj()) if x.is_complex() else x
+
+
+def _as(flat: Tensor, like: Tensor) -> Tensor:
+    """Flat real numbers as a tensor of this shape and dtype."""
+    parts = flat.view(_real(like).shape)
+    return torch.view_as_complex(parts.to(_real(like).dtype)) if like.is_complex() else parts.to(like.dtype)
+
+
 def _sample_norm(error: Tensor, n: int, shape: torch.Size) -> Tensor:
     """The worst sample's error in (z, a); the parameters' integrals are quadratures and stay out."""
     pair = error[0, : 2 * n].view(2, *shape).transpose(0, 1)
@@ -142,7 +153,7 @@ def _sample_norm(error: Tensor, n: int, shape: torch.Size) -> Tensor:
 class _AdjointField:
     """The right-hand side (f, -a df/dz, -a df/dtheta) over a flat state."""
 
-    def __init__(self, f: Evaluator, clock: Clock, wanted: list[Tensor], shape: torch.Size) -> None:
+    def __init__(self, f: Evaluator, clock: Clock, wanted: Sequence[Tensor], shape: torch.Size) -> None:
         self.inner, self.clock, self.wanted, self.shape = f, clock, wanted, shape
         self.used = [False] * len(wanted)
 
@@ -155,7 +166,12 @@ class _AdjointField:
         found = torch.autograd.grad(dz, into, -a, allow_unused=True) if dz.requires_grad else [None] * len(into)
         self.used = [was or g is not None for was, g in zip(self.used, found[1:], strict=True)]
         rates = [torch.zeros_like(x) if g is None else g for x, g in zip(into, found, strict=True)]
-        return torch.cat([part.detach().reshape(-1) for part in (dz, *rates)]).unsqueeze(0)
+        return torch.cat([_real(part.detach()).reshape(-1).to(y.dtype) for part in (dz, *rates)]).unsqueeze(0)
+
+    @property
+    def f(self) -> Any:
+        """What the tensors of the field are found in, for messages."""
+        return self.inner.field.f
 
     @property
     def name(self) -> str:
@@ -175,10 +191,9 @@ class _Flow(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
-        check_cotangent(gradient)
         (zs,) = ctx.saved_tensors
-        with torch.no_grad(), ctx.solve.setting.restored():
-            return None, *ctx.solve.backward(zs, gradient)
+        with ctx.solve.setting.again(gradient, gradient[0]) as spoilt:
+            return None, *(spoilt or ctx.solve.backward(zs, gradient))
 
 
 class _Library(torch.autograd.Function):
@@ -192,20 +207,23 @@ class _Library(torch.autograd.Function):
         ts: Sequence[float],
         driver: Driver,
         originals: list[Tensor],
-        leaves: list[Tensor],
+        setting: Setting,
     ) -> tuple[Path, Tensor]:
         start = z0.detach().requires_grad_()
-        path: Path = solver.integrate(f, start, ts, driver, adjoint=tuple(leaves))
-        zs: Tensor = _Library.apply(path.zs, [start, *leaves], z0, *originals)  # type: ignore[no-untyped-call]
+        path: Path = solver.integrate(f, start, ts, driver, adjoint=tuple(setting.leaves))
+        zs: Tensor = _Library.apply((path.zs, start), setting, z0, *originals)  # type: ignore[no-untyped-call]
         return path, zs
 
     @staticmethod
-    def forward(ctx: Any, zs: Tensor, leaves: list[Tensor], z0: Tensor, *originals: Tensor) -> Tensor:
-        ctx.zs, ctx.leaves = zs, leaves
+    def forward(ctx: Any, solved: tuple[Tensor, Tensor], setting: Setting, z0: Tensor, *originals: Tensor) -> Tensor:
+        # As a tuple the library's states are no input: autograd would solve backwards once more, for a gradient of 0.
+        zs, ctx.start = solved
+        ctx.zs, ctx.setting = zs, setting
         return zs.detach()
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
-        check_cotangent(gradient)
-        found = torch.autograd.grad(ctx.zs, ctx.leaves, gradient, retain_graph=True)
+        into = [ctx.start, *ctx.setting.leaves]
+        with ctx.setting.again(gradient, ctx.start) as spoilt:
+            found = spoilt or torch.autograd.grad(ctx.zs, into, gradient, retain_graph=True)
         return None, None, *found

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from odelayers._driver import Driver
 from odelayers._evaluator import Evaluator
-from odelayers._gradients.base import Setting, check_cotangent, cut
+from odelayers._gradients.base import cut
+from odelayers._gradients.setting import Setting
 from odelayers._solvers.base import Invertible, MarchingSolver, Path
 
 __all__ = ["Gradients", "Replay", "plus"]
@@ -41,6 +42,14 @@ class Replay(ABC):
         """The states at ts, with the steps recorded and counted."""
 
     @abstractmethod
+    def release(self) -> list[Tensor]:
+        """Hand over the states that were kept: autograd frees them when the backward pass is done."""
+
+    @abstractmethod
+    def hold(self, states: list[Tensor]) -> None:
+        """Take back what `release` handed over."""
+
+    @abstractmethod
     def through_steps(self, z0: Tensor, gradient: Tensor, total: Gradients) -> Tensor | None:
         """The gradient with respect to the state that the first step began with; `total` gets the wanted tensors'."""
 
@@ -50,7 +59,7 @@ class Replay(ABC):
         if torch.is_grad_enabled():
             self.driver, originals, self.wanted = cut(self.f, self.driver)
         if torch.is_grad_enabled() and any(x.requires_grad for x in (z0, *originals)):
-            self.setting = Setting(self.f, self.driver, z0.device)
+            self.setting = Setting(self.f, self.driver, z0.device, originals, self.wanted)
             zs: Tensor = _Replayed.apply(self, z0, *originals)  # type: ignore[no-untyped-call]
         else:
             zs = self.forward(z0)
@@ -89,14 +98,19 @@ class _Replayed(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, solve: Replay, z0: Tensor, *originals: Tensor) -> Tensor:
         ctx.solve = solve
-        ctx.save_for_backward(z0)
         zs = solve.forward(z0)
         solve.setting.check_still()
+        ctx.save_for_backward(z0, *solve.release())
         return zs
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
-        check_cotangent(gradient)
-        (z0,) = ctx.saved_tensors
-        with torch.no_grad(), ctx.solve.setting.restored():
-            return None, *ctx.solve.backward(z0, gradient)
+        solve: Replay = ctx.solve
+        z0, *states = ctx.saved_tensors
+        with solve.setting.again(gradient, z0) as spoilt:
+            if spoilt:
+                return None, *spoilt
+            solve.hold(states)
+            found = solve.backward(z0, gradient)
+            solve.release()
+        return None, *found

@@ -1,10 +1,9 @@
-"""What every gradient offers, and what those that evaluate the field again must remember of the first time."""
+"""What every gradient offers, and how those that evaluate the field again are cut off from the graph around them."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from functools import partial
 from typing import ClassVar, NamedTuple
 
@@ -12,12 +11,12 @@ import torch
 from torch import Tensor
 
 from odelayers._driver import Diffusion, Driver
-from odelayers._evaluator import Evaluator, readable
-from odelayers._field import Field, modules, parameters, tensors
+from odelayers._evaluator import Evaluator
+from odelayers._field import Field, parameters
 from odelayers._solution import GradientError
-from odelayers._solvers.base import Path, Solver
+from odelayers._solvers.base import Path, Solver, leaf
 
-__all__ = ["Gradient", "Setting", "check_cotangent", "cut", "evaluators"]
+__all__ = ["Gradient", "cut", "evaluators", "fields"]
 
 
 class Gradient(ABC):
@@ -47,9 +46,9 @@ def fields(f: Evaluator, driver: Driver) -> list[Field]:
 class Cut(NamedTuple):
     """A solve cut off from the graph around it.
 
-    Context, a tensor end time and given noise are replaced by leaves of their own: where one is made from another, or
-    from a parameter of the field, a gradient taken inside the solve would otherwise run through what made it, and
-    autograd would run there once more outside.
+    Context, a tensor end time, given noise and parameters that were made of others (`torch.func.functional_call`) are
+    replaced by leaves of their own: where one is made from another, or from a parameter of the field, a gradient taken
+    inside the solve would otherwise run through what made it, and autograd would run there once more outside.
     """
 
     driver: Driver
@@ -63,21 +62,18 @@ def cut(f: Evaluator, driver: Driver) -> Cut:
     The first evaluation of the solve will raise GradientError if the field depends on a tensor that is none of these
     (captured by a closure): a gradient that evaluates the field again cannot see it and would be silently zero.
     """
-    originals: list[Tensor] = list({id(p): p for field in fields(f, driver) for p in parameters(field.f)}.values())
-    leaves, copies = list(originals), dict[int, Tensor]()
+    every = fields(f, driver)
+    pairs: dict[int, tuple[Tensor, Tensor]] = {
+        id(p): (p, p if p.is_leaf else leaf(p)) for field in every for p in parameters(field.f)
+    }
 
-    def leaf(x: Tensor) -> Tensor:
-        if not x.requires_grad:
-            return x
-        if id(x) not in copies:
-            copies[id(x)] = x.detach().requires_grad_()
-            originals.append(x)
-            leaves.append(copies[id(x)])
-        return copies[id(x)]
+    def swap(x: Tensor) -> Tensor:
+        return pairs.setdefault(id(x), (x, leaf(x)))[1] if x.requires_grad else x
 
-    f.field = f.field.with_context(tuple(map(leaf, f.field.context)))
-    driver = driver.with_tensors(leaf)
-    known = {_node(x) for x in leaves}
+    f.field = f.field.with_context(tuple(map(swap, f.field.context)))
+    driver = driver.with_tensors(swap)
+    originals, leaves = map(list, zip(*pairs.values(), strict=True)) if pairs else ([], [])
+    known = {_node(x) for x in (*originals, *leaves)}
     for evaluator in evaluators(f, driver):
         evaluator.inspect = partial(_refuse_captured, known=known, name=evaluator.field.name)
     return Cut(driver, originals, leaves)
@@ -87,80 +83,27 @@ def _node(x: Tensor) -> torch.autograd.graph.Node:
     return torch.autograd.graph.get_gradient_edge(x).node
 
 
-def _refuse_captured(value: Tensor, state: Tensor, known: set[torch.autograd.graph.Node], name: str) -> None:
-    """Walk the graph of one evaluation; a leaf that is neither known nor upstream of the state was captured."""
+def _refuse_captured(
+    value: Tensor, t: Tensor | float, state: Tensor, known: set[torch.autograd.graph.Node], name: str
+) -> None:
+    """Walk the graph of one evaluation: what is neither known nor upstream of its arguments was captured.
+
+    That is a leaf, or something that was computed before the evaluation, be it from a parameter of the field.
+    """
     todo, seen = [value.grad_fn] if value.grad_fn is not None else [], set(known)
-    if state.requires_grad:
-        seen.add(_node(state))
+    seen |= {_node(x) for x in (t, state) if isinstance(x, Tensor) and x.requires_grad}
+    begun = _node(state)._sequence_nr() if state.requires_grad else 0
     while todo:
         node = todo.pop()
         if node in seen:
             continue
         seen.add(node)
-        leaf = getattr(node, "variable", None)
-        if leaf is not None:
+        captured = getattr(node, "variable", None)
+        if captured is not None or node._sequence_nr() < begun:
+            what = f"the result of {node.name()}" if captured is None else f"a tensor of shape {tuple(captured.shape)}"
             raise GradientError(
-                f"field {name}: its value depends on a tensor of shape {tuple(leaf.shape)} that is neither a parameter "
-                f"of the field nor its context; a gradient that evaluates the field again would lose it silently. "
-                f"Register it as a parameter, pass it as context=, or use gradient=Backprop()"
+                f"field {name}: its value depends on {what} from before the solve that is neither a parameter of the "
+                f"field nor its context; a gradient that evaluates the field again would lose it silently. Register it "
+                f"as a parameter, compute it inside the field, pass it as context=, or use gradient=Backprop()"
             )
         todo.extend(nxt for nxt, _ in node.next_functions if nxt is not None)
-
-
-class Setting:
-    """What the forward solve read and ran under: the backward pass must find the same.
-
-    Training modes and autocast are restored; tensors that have changed in place since are refused.
-    """
-
-    def __init__(self, f: Evaluator, driver: Driver, device: torch.device) -> None:
-        read = [x for field in fields(f, driver) for x in (*tensors(field.f), *field.context)]
-        read += [driver.noise.given] if driver.noise is not None and driver.noise.given is not None else []
-        self.versions = [(x, x._version) for x in read if not x.is_inference()]
-        self.modes = [(m, m.training) for field in fields(f, driver) for m in modules(field.f)]
-        self.device = device.type
-        self.autocast = torch.is_autocast_enabled(self.device), torch.get_autocast_dtype(self.device)
-
-    def check_still(self) -> None:
-        """Refuse a field that changed its own buffers while it was solved for: evaluated again it would be another."""
-        if any(x._version != version for x, version in self.versions):
-            raise GradientError(
-                "the field's parameters or buffers moved while it was evaluated (spectral_norm in training mode, a "
-                "running statistic): a gradient that evaluates the field again would see another field. Call "
-                "field.eval(), or use gradient=Backprop()"
-            )
-
-    @contextmanager
-    def restored(self) -> Iterator[None]:
-        """Run as in the forward solve."""
-        for x, version in self.versions:
-            if x._version != version:
-                raise GradientError(
-                    f"backward pass: a tensor of shape {tuple(x.shape)} that the field reads was modified by an "
-                    f"inplace operation since the forward solve, and the field must be evaluated again: call "
-                    f"backward() first, or change a copy"
-                )
-        now = [(m, m.training) for m, _ in self.modes]
-        enabled, dtype = self.autocast
-        try:
-            for m, training in self.modes:
-                m.training = training
-            with torch.autocast(self.device, enabled=enabled, dtype=dtype):
-                yield
-        finally:
-            for m, training in now:
-                m.training = training
-
-
-def check_cotangent(gradient: Tensor) -> None:
-    """Refuse a second derivative, and a NaN that comes from the loss before it is mistaken for a failed solve."""
-    if torch.is_grad_enabled():  # in a backward pass: create_graph=True
-        raise GradientError(
-            "backward pass: a gradient that evaluates the field again cannot be differentiated twice "
-            "(create_graph=True); use gradient=Backprop()"
-        )
-    if readable(gradient) and not bool(gradient.isfinite().all()):
-        raise GradientError(
-            "backward pass: the gradient that reaches the solution is NaN or inf already: it comes from the loss or "
-            "the layers after the block, not from the solve; look there first (torch.autograd.detect_anomaly)"
-        )

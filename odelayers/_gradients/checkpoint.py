@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
@@ -93,6 +94,15 @@ class _Checkpointed(Replay):
         path = trace.path()
         self.accepted, self.rejected, self.row_steps = path.accepted, path.rejected, path.steps
         return path.zs
+
+    def release(self) -> list[Tensor]:
+        states = [x for state in self.kept.values() for x in state]
+        self.kept = dict.fromkeys(self.kept, ())
+        return states
+
+    def hold(self, states: list[Tensor]) -> None:
+        width, rest = len(states) // max(1, len(self.kept)), iter(states)
+        self.kept = {i: tuple(islice(rest, width)) for i in self.kept}
 
     def through_steps(self, z0: Tensor, gradient: Tensor, total: Gradients) -> Tensor | None:
         after_grads: Gradients = []

@@ -12,7 +12,8 @@ from torch import Tensor
 from odelayers._driver import Driver
 from odelayers._evaluator import Evaluator
 from odelayers._field import as_rows
-from odelayers._gradients.base import Gradient, Setting, check_cotangent, cut
+from odelayers._gradients.base import Gradient, cut
+from odelayers._gradients.setting import Setting
 from odelayers._jacobian import value_and_jacobian
 from odelayers._solution import GradientError
 from odelayers._solvers.base import Path, Solver
@@ -65,7 +66,7 @@ class Implicit(Gradient):
         driver, originals, leaves = cut(f, driver)
         if not any(x.requires_grad for x in (z0, *originals)):
             return solver.integrate(f, z0, ts, driver)
-        point = _Point(solver, f, Setting(f, driver, z0.device), leaves)
+        point = _Point(solver, f, Setting(f, driver, z0.device, originals, leaves))
         zs: Tensor = _AtRest.apply(point, z0, tuple(ts), driver, *originals)  # type: ignore[no-untyped-call]
         return Path(zs, point.path.accepted, point.path.rejected)
 
@@ -75,8 +76,8 @@ class _Point:
 
     path: Path
 
-    def __init__(self, solver: Settling, f: Evaluator, setting: Setting, wanted: list[Tensor]) -> None:
-        self.solver, self.f, self.setting, self.wanted = solver, f, setting, wanted
+    def __init__(self, solver: Settling, f: Evaluator, setting: Setting) -> None:
+        self.solver, self.f, self.setting, self.wanted = solver, f, setting, setting.leaves
 
     def forward(self, z0: Tensor, ts: tuple[float, ...], driver: Driver) -> Tensor:
         self.path = self.solver.integrate(self.f, z0, ts, driver)
@@ -125,8 +126,7 @@ class _AtRest(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
-        check_cotangent(gradient)
         (zs,) = ctx.saved_tensors
-        with torch.no_grad(), ctx.point.setting.restored():
-            found = ctx.point.backward(zs[-1], gradient[-1])
-        return None, gradient[0], None, None, *found
+        with ctx.point.setting.again(gradient, gradient[0]) as spoilt:
+            start, *found = spoilt or [gradient[0], *ctx.point.backward(zs[-1], gradient[-1])]
+        return None, start, None, None, *found

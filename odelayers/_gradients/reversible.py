@@ -105,7 +105,7 @@ class _Undone(Replay):
     """A solve of which the end is kept, and the outputs, which the states recovered must meet."""
 
     solver: Invertible
-    end: State
+    end: State = ()
 
     def __init__(
         self, gradient: Reversible, solver: Solver, f: Evaluator, z0: Tensor, ts: Sequence[float], driver: Driver
@@ -150,6 +150,14 @@ class _Undone(Replay):
         note = f"by more than {self.gap[0]:g} of their size" + (f" + {self.gap[1]:g}" if self.gap[1] else "")
         end = step.t + step.h
         raise fail(self.solver, self.f, rows, end, self.driver, Status.UNSTABLE, note) from failure
+
+    def release(self) -> list[Tensor]:
+        states, self.end, self.outputs = [*self.end, *self.outputs], (), []
+        return states
+
+    def hold(self, states: list[Tensor]) -> None:
+        width = len(states) - (len(self.ts) - 1)
+        self.end, self.outputs = tuple(states[:width]), states[width:]
 
     def through_steps(self, z0: Tensor, gradient: Tensor, total: Gradients) -> Tensor | None:
         arriving: Gradients = [None, None]

@@ -38,12 +38,17 @@ def _solve(W: Tensor, LU: Tensor, pivots: Tensor, r: Tensor, transposed: bool) -
 class _Solve(torch.autograd.Function):
     """x with W x = r, or with W' x = r; its derivatives are equations of the same kind, so all orders exist."""
 
+    generate_vmap_rule = True  # the Jacobian of a block is taken by a vectorised backward pass
+
     @staticmethod
-    def forward(ctx: Any, W: Tensor, LU: Tensor, pivots: Tensor, r: Tensor, transposed: bool) -> Tensor:
+    def forward(W: Tensor, LU: Tensor, pivots: Tensor, r: Tensor, transposed: bool) -> Tensor:
         x: Tensor = torch.linalg.lu_solve(LU, pivots, r, adjoint=transposed)
-        ctx.save_for_backward(W, LU, pivots, x)
-        ctx.transposed = transposed
         return x
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        W, LU, pivots, _, ctx.transposed = inputs
+        ctx.save_for_backward(W, LU, pivots, output)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
