@@ -13,6 +13,7 @@ __all__ = [
     "finite_number",
     "half_precision",
     "one_of",
+    "points",
     "positive_int",
     "positive_number",
     "probability",
@@ -78,3 +79,11 @@ def state(z: Any, where: str) -> Tensor:
     if z.ndim == 0:
         raise ValueError(f"{where}: expected a state z of shape (B, ...), got a 0-d tensor; pass z.unsqueeze(0)")
     return z
+
+
+def points(z: Any, where: str) -> Tensor:
+    """Return `z` if it is a state with at least one number in it: a mean over none would be NaN."""
+    found = state(z, where)
+    if found.numel() == 0:
+        raise ValueError(f"{where}: expected at least one point, got z of shape {tuple(found.shape)}")
+    return found

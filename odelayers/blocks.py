@@ -204,8 +204,7 @@ class SDEBlock(NoisyBlock):
         g = Field.of(self.g, self._g_takes_time, context)
         check_layers(g, self.gradient, self._where)
         brownian = self._brownian(times, z0, generator, noise)
-        evaluator = Evaluator(g, len(z0), half or ambient(z0.device))
-        return Diffusion(times.clock, brownian, evaluator, self.calculus)
+        return Diffusion(times.clock, brownian, Evaluator(g, len(z0), half or ambient(z0.device)), self.calculus)
 
 
 class DropoutSDEBlock(NoisyBlock):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from odelayers._checks import at_least_float32, finite_number, one_of, positive_int, positive_number, state
+from odelayers._checks import at_least_float32, finite_number, one_of, points, positive_int, positive_number
 from odelayers._evaluator import Evaluator
 from odelayers._field import Field, as_rows
 from odelayers._jacobian import jacobian
@@ -138,15 +138,13 @@ class LyapunovRegularizer:
             TypeError: z is not a floating-point tensor.
             ValueError: z is empty, and what `jacobian` raises.
         """
-        field, z = Field.of(f), state(z, "LyapunovRegularizer")
-        if z.numel() == 0:
-            raise ValueError(f"LyapunovRegularizer: expected at least one point, got z of shape {tuple(z.shape)}")
-        some, points = field, z
+        field, z = Field.of(f), points(z, "LyapunovRegularizer")
+        some, chosen = field, z
         if self.samples is not None and self.samples < len(z):
             device = z.device if generator is None else generator.device
             rows = torch.randperm(len(z), generator=generator, device=device)[: self.samples].to(z.device)
-            some, points = field.take(rows, len(z)), z[rows]
-        centres, radii = _discs(some, points, t, self.axis)  # first: it refuses BatchNorm before its statistics move
+            some, chosen = field.take(rows, len(z)), z[rows]
+        centres, radii = _discs(some, chosen, t, self.axis)  # first: it refuses BatchNorm before its statistics move
         return LyapunovTerms(
             field=(self.field_scale * at_least_float32(Evaluator(field, len(z))(t, z))).square().mean(),
             diagonal=_tame_exp(self.diagonal_scale * (centres + self.diagonal_margin)).mean(),
@@ -269,9 +267,7 @@ class LyaNetRegularizer:
         >>> round(LyaNetRegularizer(kappa=2.0)(lambda z: -z, z, y, lambda z: z).item(), 4)
         1.3863
         """
-        z = state(z, "LyaNetRegularizer")
-        if z.numel() == 0:
-            raise ValueError(f"LyaNetRegularizer: expected points, got an empty z of shape {tuple(z.shape)}")
+        z = points(z, "LyaNetRegularizer")
         further = torch.is_grad_enabled()
         with torch.enable_grad():
             # A view of its own: hooks on z see the gradients of the caller's graph, not the one that is taken here.

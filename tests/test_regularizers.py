@@ -292,5 +292,5 @@ def test_all_terms_weigh_one_unless_told() -> None:
 
 def test_lyanet_needs_points() -> None:
     """The mean over no points would be NaN."""
-    with pytest.raises(ValueError, match=r"LyaNetRegularizer: expected points, got an empty z of shape \(0, 3\)"):
+    with pytest.raises(ValueError, match=r"LyaNetRegularizer: expected at least one point, got z of shape \(0, 3\)"):
         LyaNetRegularizer()(lambda z: -z, torch.zeros(0, 3), torch.zeros(0, dtype=torch.long), lambda z: z)
