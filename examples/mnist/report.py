@@ -107,18 +107,24 @@ def blocks(results: Results, out: Path) -> list[Block]:
 
 
 def _attacked(results: Results) -> list[Block]:
-    """The accuracies under attack by threat: that of the primary question, and each under which anything is run."""
-    begun = {results.primary[2], *(threat for (_, _, threat, _), _ in results.found("attack"))}
+    """The accuracies under attack by threat: that of the primary question, and each under which anything is run.
+
+    Their rows are the models attacked; the first table says of which others training ended as diverged.
+    """
+    primary = results.primary[2]
+    begun = {primary, *(threat for (_, _, threat, _), _ in results.found("attack"))}
     waiting = [threat for threat in results.named("threat") if threat not in begun]
     found: list[Block] = [
-        tables.attacks_table(results, threat) for threat in results.named("threat") if threat in begun
+        _begun(tables.attacks_table(results, threat), 2, EMPTY if threat == primary else (*EMPTY, "diverged"))
+        for threat in results.named("threat")
+        if threat in begun
     ]
     return [*found, Text(f"No attack is run yet within {', '.join(waiting)}.")] if waiting else found
 
 
-def _begun(table: Table) -> Table:
-    """The table without the rows of which nothing is run yet; the caption counts them."""
-    rows = [row for row in table.rows if any(cell.text not in EMPTY for cell in row[1:])]
+def _begun(table: Table, end: int | None = None, empty: tuple[str, ...] = EMPTY) -> Table:
+    """The table without the rows of which, up to a column, nothing is run yet; the caption counts them."""
+    rows = [row for row in table.rows if any(cell.text not in empty for cell in row[1:end])]
     if not (left := len(table.rows) - len(rows)):
         return table
     return replace(table, rows=rows, caption=f"{table.caption}; left out: {left} of which nothing is run yet")
