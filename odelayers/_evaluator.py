@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from odelayers._field import Field, tensors
 
@@ -17,7 +18,6 @@ __all__ = ["Evaluator", "OnCall", "ambient", "dual", "readable", "traced", "tran
 OnCall = Callable[[], None]
 Inspect = Callable[[Tensor, Tensor | float, Tensor], None]
 KEPT = 8  # evaluations through which the first value must last: a step of any method here combines fewer
-RETRIES = 8  # of a field that may have drawn random numbers: few enough values may agree by chance
 SAMPLED = 16  # the evaluation after the first that is watched in inference mode; then those twice as far
 
 
@@ -73,6 +73,18 @@ def _counting(z: Tensor) -> Tensor:
 def _random_state(device: torch.device) -> Tensor:
     """The state of the global generator that layers draw from on this device."""
     return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
+
+
+class _Draws(TorchDispatchMode):
+    """Notes whether an operator that draws random numbers is called in this thread."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.seen = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen |= torch.Tag.nondeterministic_seeded in func.tags
+        return func(*args, **(kwargs or {}))
 
 
 class Evaluator:
@@ -200,20 +212,11 @@ class Evaluator:
 
     @torch.no_grad()
     def _draws(self, t: Tensor | float, z: Tensor) -> bool:
-        """Whether the field has drawn random numbers, called again and again: if not, it was another thread.
-
-        Also beside z, as at 0 a dropout may change nothing.
-        """
-        for state in (z, z + 1):
-            first = self._evaluate(t, state.clone())
-            for _ in range(RETRIES):
-                drawn = _random_state(z.device)
-                again = self._evaluate(t, state.clone())
-                if torch.equal(drawn, _random_state(z.device)):
-                    return False
-                if not bool(((again == first) | again.isnan() & first.isnan()).all()):
-                    return True
-        return False
+        """Whether the field, called once more, draws random numbers: if not, another thread has."""
+        mode = _Draws()
+        with mode:
+            self._evaluate(t, z)
+        return mode.seen
 
     def _early(self, t: Tensor | float, z: Tensor) -> Tensor:
         """One of the evaluations after the first, which must leave what the first has returned alone."""

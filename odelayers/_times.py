@@ -81,7 +81,7 @@ def output_times(ts: Tensor | Sequence[float], like: Tensor, where: str) -> Time
         raise ValueError(f"{where}: ts: output times carry no gradient; pass the end time as t1=tensor for one")
     try:
         values = ts if isinstance(ts, Tensor) else torch.as_tensor(ts, dtype=torch.float64)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise TypeError(f"{where}: ts: expected a list of numbers, got {ts!r}") from error
     if values.is_complex():
         raise TypeError(f"{where}: ts: expected real times, got {values.dtype}")

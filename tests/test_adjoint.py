@@ -165,9 +165,11 @@ class Mixed(nn.Module):
         self.weight = nn.Parameter(torch.tensor([[0.2, -0.4], [0.3, 0.1]]))
         self.rate = nn.Parameter(torch.tensor(0.5, dtype=torch.float64))
         self.spectrum = nn.Parameter(torch.tensor([0.5 + 0.3j, 0.2 - 0.1j]))
+        self.shift = nn.Parameter(torch.tensor(0.3))
 
     def forward(self, z: Tensor) -> Tensor:
-        return torch.tanh(z @ self.weight) - self.rate * z + torch.fft.ifft(self.spectrum * torch.fft.fft(z)).real
+        mixed = torch.fft.ifft(self.spectrum * torch.fft.fft(z)).real
+        return torch.tanh(z @ self.weight) - self.rate * z + mixed + self.shift
 
 
 def test_parameters_of_other_dtypes_have_an_adjoint() -> None:

@@ -207,6 +207,8 @@ def test_an_empty_batch_gives_an_empty_result(block: Any) -> None:
         ),
         ({"ts": [0.0, torch.tensor(1.0, requires_grad=True)]}, ValueError, "carry no gradient; pass the end time"),
         ({"ts": [0.0, None]}, TypeError, r"ts: expected a list of numbers, got \[0.0, None\]"),
+        ({"ts": [torch.tensor(0.0), torch.tensor(1.0j)]}, TypeError, "ts: expected a list of numbers"),
+        ({"ts": [0.0, 10**400]}, TypeError, "ts: expected a list of numbers"),
         ({"ts": torch.tensor([0.0, 1.0j])}, TypeError, "ts: expected real times, got torch.complex64"),
         ({"ts": [0.0, 1.0], "t1": 1.0}, ValueError, "expected ts or t1, got both"),
         ({"t1": float("nan")}, ValueError, "t1: expected a finite number, got nan"),

@@ -51,6 +51,21 @@ def test_a_field_that_draws_is_refused_and_its_evaluation_mode_is_not() -> None:
     assert (block(torch.ones(2, 3)) - 0.75**4).abs().max() < 1e-6
 
 
+@pytest.mark.parametrize(
+    "f",
+    [
+        lambda t, z: t * torch.randn_like(z) - z,  # nothing of it shows at t = 0
+        lambda t, z: F.dropout(F.relu(z - 5), 0.5) - z,  # nor of this at z = 1
+        lambda t, z: -F.dropout(z, 0.01),  # and seldom of this
+        lambda t, z: F.rrelu(-z, training=True),
+    ],
+)
+def test_random_numbers_are_found_where_no_value_tells_of_them(f: Callable[[Tensor, Tensor], Tensor]) -> None:
+    """What is asked is whether operators draw, not whether two values differ."""
+    with pytest.raises(ValueError, match="the field draws random numbers"):
+        ODEBlock(f, solver=Euler(4))(torch.ones(1, 1))
+
+
 def test_a_failure_that_is_not_seen_again_is_still_a_failure() -> None:
     """A field that is NaN once leaves no NaN with the status OK behind."""
     calls = 0

@@ -15,7 +15,7 @@ from odelayers._evaluator import Evaluator
 from odelayers._field import Field, as_rows
 from odelayers._gradients.base import Gradient, cut, evaluators
 from odelayers._gradients.setting import Setting
-from odelayers._solution import GradientError
+from odelayers._solution import GradientError, SolveError
 from odelayers._solvers.adaptive import AdaptiveRungeKutta
 from odelayers._solvers.base import Path, Solver, row_rms
 from odelayers._solvers.fixed import FixedRungeKutta
@@ -98,7 +98,8 @@ class _Backward:
         self.accepted = self.rejected = 0
 
     def forward(self, z0: Tensor) -> Tensor:
-        path = self.solver.integrate(self.f, z0, self.ts, self.clock)
+        with self.setting.restored():
+            path = self.solver.integrate(self.f, z0, self.ts, self.clock)
         self.accepted, self.rejected = path.accepted, path.rejected
         self.setting.check_still()
         return path.zs
@@ -140,8 +141,8 @@ def _real(x: Tensor) -> Tensor:
 
 def _as(flat: Tensor, like: Tensor) -> Tensor:
     """Flat real numbers as a tensor of this shape and dtype."""
-    parts = flat.view(_real(like).shape)
-    return torch.view_as_complex(parts.to(_real(like).dtype)) if like.is_complex() else parts.to(like.dtype)
+    parts = flat.view(_real(like).shape).to(_real(like).dtype)
+    return torch.complex(*parts.unbind(-1)) if like.is_complex() else parts
 
 
 def _sample_norm(error: Tensor, n: int, shape: torch.Size) -> Tensor:
@@ -192,8 +193,14 @@ class _Flow(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
         (zs,) = ctx.saved_tensors
-        with ctx.solve.setting.again(gradient, gradient[0]) as spoilt:
-            return None, *(spoilt or ctx.solve.backward(zs, gradient))
+        setting: Setting = ctx.solve.setting
+        with setting.again(gradient, gradient[0]) as spoilt:
+            try:
+                return None, *(spoilt or ctx.solve.backward(zs, gradient))
+            except SolveError:
+                if not setting.scaled:
+                    raise
+                return None, *setting.spoilt(gradient[0])
 
 
 class _Library(torch.autograd.Function):

@@ -98,7 +98,8 @@ class _Replayed(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, solve: Replay, z0: Tensor, *originals: Tensor) -> Tensor:
         ctx.solve = solve
-        zs = solve.forward(z0)
+        with solve.setting.restored():
+            zs = solve.forward(z0)
         solve.setting.check_still()
         ctx.save_for_backward(z0, *solve.release())
         return zs

@@ -59,6 +59,8 @@ class Cut(NamedTuple):
 def cut(f: Evaluator, driver: Driver) -> Cut:
     """Cut a solve off; `f` is changed in place. `originals` get the gradients found for `leaves`.
 
+    The field finds the leaves among them that stand in for parameters inside `Setting.restored` alone.
+
     The first evaluation of the solve will raise GradientError if the field depends on a tensor that is none of these
     (captured by a closure): a gradient that evaluates the field again cannot see it and would be silently zero.
     """
@@ -73,7 +75,7 @@ def cut(f: Evaluator, driver: Driver) -> Cut:
     f.field = f.field.with_context(tuple(map(swap, f.field.context)))
     driver = driver.with_tensors(swap)
     originals, leaves = map(list, zip(*pairs.values(), strict=True)) if pairs else ([], [])
-    known = {_node(x) for x in (*originals, *leaves)}
+    known = {_node(x) for x in leaves}
     for evaluator in evaluators(f, driver):
         evaluator.inspect = partial(_refuse_captured, known=known, name=evaluator.field.name)
     return Cut(driver, originals, leaves)
@@ -88,11 +90,12 @@ def _refuse_captured(
 ) -> None:
     """Walk the graph of one evaluation: what is neither known nor upstream of its arguments was captured.
 
-    That is a leaf, or something that was computed before the evaluation, be it from a parameter of the field.
+    That is a leaf, or something that was computed before the evaluation, be it from a parameter of the field. (When,
+    nodes of the graph say by a count of their thread's, which on a GPU may be autograd's own: there it is not asked.)
     """
     todo, seen = [value.grad_fn] if value.grad_fn is not None else [], set(known)
     seen |= {_node(x) for x in (t, state) if isinstance(x, Tensor) and x.requires_grad}
-    begun = _node(state)._sequence_nr() if state.requires_grad else 0
+    begun = _node(state)._sequence_nr() if state.requires_grad and state.device.type == "cpu" else 0
     while todo:
         node = todo.pop()
         if node in seen:
@@ -100,10 +103,11 @@ def _refuse_captured(
         seen.add(node)
         captured = getattr(node, "variable", None)
         if captured is not None or node._sequence_nr() < begun:
-            what = f"the result of {node.name()}" if captured is None else f"a tensor of shape {tuple(captured.shape)}"
+            what = f"the result of {node.name()} from before the solve"
+            what = what if captured is None else f"a tensor of shape {tuple(captured.shape)}"
             raise GradientError(
-                f"field {name}: its value depends on {what} from before the solve that is neither a parameter of the "
-                f"field nor its context; a gradient that evaluates the field again would lose it silently. Register it "
-                f"as a parameter, compute it inside the field, pass it as context=, or use gradient=Backprop()"
+                f"field {name}: its value depends on {what} that is neither a parameter of the field nor its context; "
+                f"a gradient that evaluates the field again would lose it silently. Register it as a parameter, "
+                f"compute it inside the field, pass it as context=, or use gradient=Backprop()"
             )
         todo.extend(nxt for nxt, _ in node.next_functions if nxt is not None)

@@ -80,7 +80,8 @@ class _Point:
         self.solver, self.f, self.setting, self.wanted = solver, f, setting, setting.leaves
 
     def forward(self, z0: Tensor, ts: tuple[float, ...], driver: Driver) -> Tensor:
-        self.path = self.solver.integrate(self.f, z0, ts, driver)
+        with self.setting.restored():
+            self.path = self.solver.integrate(self.f, z0, ts, driver)
         self.setting.check_still()
         return torch.stack([z0, self.path.zs[-1]])  # a batch at rest to begin with has taken no step
 

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.utils import parametrize
 
 from odelayers._driver import Driver
-from odelayers._evaluator import Evaluator, readable
-from odelayers._field import modules, tensors
+from odelayers._evaluator import Evaluator, readable, traced
+from odelayers._field import modules
 from odelayers._gradients.base import fields
 from odelayers._solution import GradientError
 
@@ -24,21 +24,18 @@ class _Read(NamedTuple):
 
     tensor: Tensor
     version: int
-    storage: int | None
+    storage: torch.UntypedStorage | None  # which `x.data = ...` changes; None where it cannot be told
 
     @classmethod
     def of(cls, x: Tensor) -> _Read:
-        return cls(x, x._version, _storage(x))
+        plain = type(x) in (Tensor, torch.nn.Parameter) and x.layout is torch.strided and not traced()
+        return cls(x, x._version, x.untyped_storage() if plain else None)
 
     @property
     def changed(self) -> bool:
-        return self.tensor._version != self.version or _storage(self.tensor) != self.storage
-
-
-def _storage(x: Tensor) -> int | None:
-    """What `x.data = ...` changes, which leaves the version as it is; None for tensors that wrap others."""
-    plain = type(x) in (Tensor, torch.nn.Parameter) and readable(x)
-    return x.untyped_storage()._cdata if plain else None
+        if self.tensor._version != self.version:
+            return True
+        return self.storage is not None and self.tensor.untyped_storage()._cdata != self.storage._cdata
 
 
 class Setting:
@@ -52,20 +49,21 @@ class Setting:
         self, f: Evaluator, driver: Driver, device: torch.device, originals: Sequence[Tensor], leaves: Sequence[Tensor]
     ) -> None:
         every = fields(f, driver)
-        read = [x for field in every for x in (*tensors(field.f), *field.context)]
-        read += [driver.noise.given] if driver.noise is not None and driver.noise.given is not None else []
-        self.read = [_Read.of(x) for x in read if not x.is_inference()]
         found = list(dict.fromkeys(m for field in every for m in modules(field.f)))
-        self.modes = [(m, m.training) for m in found]
-        stand_in = {id(x): leaf for x, leaf in zip(originals, leaves, strict=True)}
-        self.held: list[tuple[dict[str, Any], str, Tensor]] = [
-            (owner, name, stand_in.get(id(x), x))
+        owned: list[tuple[Any, str, Tensor]] = [
+            (owner, name, x)
             for m in found
-            if not isinstance(m, torch.jit.ScriptModule)
-            for owner in cast(tuple[dict[str, Any], ...], (m._parameters, m._buffers))
+            for owner in (m._parameters, m._buffers)
             for name, x in owner.items()
             if x is not None
         ]
+        read = [*(x for _, _, x in owned), *(x for field in every for x in field.context)]
+        read += [driver.noise.given] if driver.noise is not None and driver.noise.given is not None else []
+        self.read = [_Read.of(x) for x in read if not x.is_inference()]
+        self.modes = [(m, m.training) for m in found]
+        stand_in = {id(x): leaf for x, leaf in zip(originals, leaves, strict=True)}
+        # What a ScriptModule owns cannot be lent another: it is no dict.
+        self.held = [(owner, name, stand_in.get(id(x), x)) for owner, name, x in owned if isinstance(owner, dict)]
         self.leaves = leaves
         self.device = device.type
         self.autocast = torch.is_autocast_enabled(self.device), torch.get_autocast_dtype(self.device)
@@ -82,7 +80,10 @@ class Setting:
 
     @contextmanager
     def restored(self) -> Iterator[None]:
-        """Run as in the forward solve."""
+        """Run as in the forward solve, which runs so itself: among the leaves, and with weights that are its own.
+
+        `parametrize.cached()` has weights with another graph than the solve's: they are computed again.
+        """
         for read in self.read:
             if read.changed:
                 raise GradientError(
@@ -91,8 +92,9 @@ class Setting:
                     f"call backward() first, or change a copy"
                 )
         now = [(m, m.training) for m, _ in self.modes]
-        others = [(owner, name, x, owner.get(name)) for owner, name, x in self.held if owner.get(name) is not x]
+        others = [(owner, name, x, owner[name]) for owner, name, x in self.held if owner.get(name, x) is not x]
         enabled, dtype = self.autocast
+        cached, parametrize._cache_enabled = parametrize._cache_enabled, 0
         try:
             for m, training in self.modes:
                 m.training = training
@@ -105,27 +107,30 @@ class Setting:
                 m.training = training
             for owner, name, _, other in others:
                 owner[name] = other
+            parametrize._cache_enabled = cached
 
     @contextmanager
     def again(self, gradient: Tensor, start: Tensor) -> Iterator[list[Tensor]]:
         """Be in the backward pass: as in the forward solve, and unseen by hooks on parameters.
 
-        They see the total and not the part of each step. Nor are weights taken from `parametrize.cached()`, whose graph
-        is not the solve's. What is yielded are the gradients of the start and of the leaves where that which arrives
-        has overflowed already, else nothing.
+        They see the total and not the part of each step, unless another thread is in a backward pass of the same
+        parameters. What is yielded are the gradients of the start and of the leaves where that which arrives has
+        overflowed already, else nothing.
         """
-        overflowed = self._overflowed(gradient)
+        spoilt = self.spoilt(start) if self._overflowed(gradient) else []
         hooked = [(x, x._backward_hooks) for x in self.leaves if x._backward_hooks]
-        cached, parametrize._cache_enabled = parametrize._cache_enabled, 0
         try:
             for x, _ in hooked:
                 x._backward_hooks = None
             with torch.no_grad(), self.restored():
-                yield [torch.full_like(x, torch.nan) for x in (start, *self.leaves)] if overflowed else []
+                yield spoilt
         finally:
-            parametrize._cache_enabled = cached
             for x, hooks in hooked:
                 x._backward_hooks = hooks
+
+    def spoilt(self, start: Tensor) -> list[Tensor]:
+        """The gradients of the start and of the leaves after an overflow: what a scaler of the loss looks for."""
+        return [torch.full_like(x, torch.nan) for x in (start, *self.leaves)]
 
     def _overflowed(self, gradient: Tensor) -> bool:
         """Whether a gradient that reaches the solution is NaN or inf where that is a scaler's signal: under float16.
@@ -143,5 +148,6 @@ class Setting:
             return True
         raise GradientError(
             "backward pass: the gradient that reaches the solution is NaN or inf already: it comes from the loss or "
-            "the layers after the block, not from the solve; look there first (torch.autograd.detect_anomaly)"
+            "the layers after the block, not from the solve; look there first (torch.autograd.detect_anomaly). Under a "
+            "loss scaler for float16 let the block run under autocast as well"
         )
