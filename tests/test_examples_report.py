@@ -214,7 +214,7 @@ def test_records_of_two_trainings_are_told(tmp_path):
     trained_as("clean-M0-s0", weights="b")
     assert "more than one training" not in write_report(out).read_text()
     trained_as("attack-M3-l2-0.5-transfer-s0", weights="a", sources={"M0": "c"})
-    assert "recipe, whose weights differ by the machine: M0 (seed 0).**" in write_report(out).read_text()
+    assert "whose weights differ by the machine: M0 (seed 0; another for M3).**" in write_report(out).read_text()
 
 
 def test_a_row_is_of_the_first_seed_also_where_a_later_one_is_complete(tmp_path):

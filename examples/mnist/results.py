@@ -104,15 +104,23 @@ class Results:
         return list(dict.fromkeys([*own, *(cell["lost"] for cell in self.run["cells"] if cell["lost"])]))
 
     def retrained(self) -> list[str]:
-        """Models with their seed whose records are of more than one training: on other machines weights differ."""
-        weights: dict[tuple[str, int], set[str]] = {}
+        """Models whose records are of more than one training, and who was judged with the rarer ones.
+
+        On other machines the same recipe gives other weights.
+        """
+        users: dict[tuple[str, int], dict[str, list[str]]] = {}
         for (_, name, seed, *_), record in self._records.items():
             config = record["config"]
-            if "weights" in config:  # those of a training do not know its outcome
-                weights.setdefault((name, seed), set()).add(config["weights"])
-            for source, made in config.get("sources", {}).items():
-                weights.setdefault((source, seed), set()).add(made)
-        return [f"{name} (seed {seed})" for (name, seed), found in weights.items() if len(found) > 1]
+            own = {name: config["weights"]} if "weights" in config else {}  # a training does not know its outcome
+            for model, weights in (own | config.get("sources", {})).items():
+                users.setdefault((model, seed), {}).setdefault(weights, []).append(name)
+        told = []
+        for (model, seed), trainings in users.items():
+            _, *others = sorted(trainings.values(), key=len, reverse=True)
+            if others:
+                judged = ", ".join(dict.fromkeys(name for names in others for name in names))
+                told.append(f"{model} (seed {seed}; another for {judged})")
+        return told
 
     def kinds(self) -> list[str]:
         """The kinds of records that there are."""
