@@ -17,7 +17,8 @@ from examples.mnist.certified import CertifiedClassifier, Recipe
 from examples.mnist.models import Block, Classifier
 from examples.mnist.penalties import Constraints
 from examples.mnist.plane import plane_cell
-from examples.mnist.presets import Group, Model, Probe, Suite
+from examples.mnist.presets import PRESETS, Group, Model, Probe, Suite
+from examples.mnist.report import _recipe
 from examples.mnist.study import Study
 from examples.mnist.training import Adam, Phase, train
 from examples.mnist.unfinished import Unfinished
@@ -208,3 +209,15 @@ def test_a_study_leaves_no_unfinished_training_behind(digits, tmp_path):
     path.write_text("{")
     with pytest.raises(RuntimeError, match="broken: expected a training to go on with, got"):
         Unfinished(path).load()
+
+
+@pytest.mark.parametrize("preset", PRESETS.values(), ids=list(PRESETS))
+def test_every_recipe_of_the_plan_can_be_told_from_its_record(preset):
+    """As it stands in JSON: an epoch's number, and of a penalty its kind and all its constants."""
+    for model in preset.models:
+        text = _recipe(json.loads(json.dumps(model.trained_as)))
+        assert all(f"{phase.epochs} x {phase.trains}" in text for phase in model.phases)
+        assert all(f"penalty {phase.penalty.kind}: " in text for phase in model.phases if phase.penalty)
+    if preset.name == "full":
+        said = _recipe(json.loads(json.dumps(preset.model("M2").trained_as)))
+        assert "constraints: field 0.2 diagonal 10 dominance 10 field_scale 50" in said and "axis column" in said

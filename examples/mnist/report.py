@@ -221,9 +221,10 @@ def _phase(phase: dict[str, Any]) -> str:
     if norm := phase["optimiser"].get("norm"):
         text += f", gradients cut to norm {norm:g}"
     if penalty := phase["penalty"]:
-        text += f", penalty {penalty.get('kind', '')} " + " ".join(
-            f"{k} {v:g}" for k, v in penalty.items() if k != "kind"
-        )
+        settings = {k: v for k, v in penalty.items() if k not in ("kind", "regularizer")}
+        settings |= penalty.get("regularizer", {})
+        said = (f"{k} {format(v, 'g') if isinstance(v, int | float) else v}" for k, v in settings.items())
+        text += f", penalty {penalty['kind']}: {' '.join(said)}"
     if adversary := phase["adversary"]:
         text += (
             f", {adversary['loss']} with {adversary['steps']} steps of {adversary['step']:g}, eps {adversary['eps']:g}"
