@@ -72,8 +72,8 @@ def blocks(results: Results, out: Path) -> list[Block]:
         Heading("Other comparisons"),
         Text(
             "Every model against its control, or against the one it started from; the two may differ in more than one "
-            "thing (*How it was done*). One Holm family of those with several seeds, the same rule; t intervals are as "
-            "they are."
+            "thing (*How it was done*). One Holm family of those with several seeds, the same rule; the t intervals "
+            "are not corrected."
         ),
         tables.family_table(results),
         Heading("The paper's table"),
