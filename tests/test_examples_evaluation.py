@@ -11,6 +11,7 @@ from scipy.stats import binomtest
 
 from examples.mnist import data, evaluation
 from examples.mnist.attacks import PGD, Threat, input_gradient
+from examples.mnist.certified import CertifiedClassifier, Recipe
 from examples.mnist.data import Split
 from examples.mnist.models import Block, Classifier
 from examples.mnist.presets import PRESETS, Group, Probe, Suite
@@ -248,3 +249,29 @@ def test_probes_look_at_the_attack_of_the_tables(noisy, monkeypatch):
     margins = [method for method in tried if method.loss == "margin"]
     assert len(margins) == 13 + 3 + 10 and margins.count(own) == 13 + 1 + 10
     assert {method.rate / method.steps for method in tried} == {own.rate / own.steps}
+
+
+@pytest.mark.parametrize(
+    ("model", "nfe"),
+    [
+        (Classifier((2, 2, 4), Block("none")), 0),
+        (Classifier((2, 2, 4), Block("sde", t1=2.0, steps=7, p=0.1)), 7),
+        (CertifiedClassifier(Recipe(convolutions=(4,), dense=(8, 8), steps=2)), 6),
+    ],
+    ids=["without a field", "noisy", "certified"],
+)
+def test_the_cost_of_a_pass_counts_every_evaluation_of_every_field(model, nfe):
+    """No field, seven steps of Euler-Maruyama, three blocks of two Euler steps."""
+    assert evaluation.clean_cell(model.eval(), DIGITS.first(20), 2, 0)["nfe"] == nfe
+
+
+def test_what_is_certified_is_kept_image_by_image():
+    """The verdicts are those of the radii around the true class, and their share is the certified accuracy."""
+    torch.manual_seed(0)
+    model = CertifiedClassifier(Recipe(convolutions=(4,), dense=(8,))).eval()
+    found = evaluation.clean_cell(model, DIGITS, 1, 0)
+    held = {radius: Scores.unpack(packed) for radius, packed in found["held"].items()}
+    assert {radius: scores.mean for radius, scores in held.items()} == pytest.approx(found["certified"])
+    reach = model.certified_radius(DIGITS.images, DIGITS.labels)
+    for radius, scores in held.items():
+        assert scores.counts == tuple((reach > float(radius)).int().tolist())

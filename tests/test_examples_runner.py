@@ -124,20 +124,33 @@ def test_the_processes_of_a_run_that_is_killed_end_with_it(tmp_path):
     pytest.fail("the process outlived its run by half a minute")
 
 
-@pytest.mark.slow
-def test_ranks_of_torchrun_share_the_cells(tmp_path):
-    """Two processes on the digits end with every cell recorded once, and one of them reports."""
+def by_two(out: Path, *options: str) -> tuple[str, list[dict]]:
+    """What two processes of torchrun say of the smoke study on the digits, and the cells of their manifest."""
     script = Path(__file__).parents[1] / "examples" / "sodef_mnist.py"
     line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
     done = subprocess.run(
-        [*line, "--preset", "smoke", "--data", "digits", "--out", str(tmp_path)],
+        [*line, "--preset", "smoke", "--data", "digits", "--out", str(out), *options],
         env=environment, text=True, capture_output=True, timeout=500,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    found = json.loads((tmp_path / "run.json").read_text())["cells"]
+    return done.stdout, json.loads((out / "run.json").read_text())["cells"]
+
+
+@pytest.mark.slow
+def test_ranks_of_torchrun_begin_nothing_when_their_time_is_over(tmp_path):
+    """Neither a training nor, without it, what needs it; a later run goes on."""
+    said, found = by_two(tmp_path, "--budget", "0")
+    assert f"{len(found)} cells were not begun within 0 minutes" in said
+    assert not any(cell["file"] for cell in found) and not list((tmp_path / "records").glob("*.json"))
+
+
+@pytest.mark.slow
+def test_ranks_of_torchrun_share_the_cells(tmp_path):
+    """Two processes on the digits end with every cell recorded once, and one of them reports."""
+    said, found = by_two(tmp_path)
     assert all(cell["file"] for cell in found)
     assert len(list((tmp_path / "records").glob("*.json"))) == len(found)
-    assert done.stdout.count("the report with its pictures") == 1
+    assert said.count("the report with its pictures") == 1
     trained = [json.loads(path.read_text())["result"] for path in (tmp_path / "records").glob("train-*.json")]
     assert {result["processes"] for result in trained} == {2}, "what they cost is told"

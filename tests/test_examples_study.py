@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import platform
 import re
 import shutil
 import signal
@@ -15,6 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from examples.mnist import data as mnist_data, records, runner, study
 from examples.mnist.results import Results
@@ -107,6 +109,15 @@ def test_the_key_of_a_record_covers_its_configuration(tmp_path):
     for config in ({"a": 1, "b": [1, 2]}, {"b": (1, 2), "a": 1}, {"a": 1, "b": [2, 1]}, {"a": 1.5, "b": [1, 2]}):
         keeper.stage("one", config, lambda config=config: calls.append(config) or {})
     assert len(calls) == 3
+
+
+@pytest.mark.parametrize(("known", "name"), [({"cpu_name": "AMD EPYC"}, "AMD EPYC"), ({}, platform.machine())])
+def test_a_record_names_the_processor_that_computed_it(tmp_path, monkeypatch, known, name):
+    """Its maker chooses the kernels, and with them which weights a recipe gives; where it is not known, its kind."""
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: known)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    record = records.Records(tmp_path).stage("one", {}, dict)
+    assert record["machine"] == f"{name}, {torch.get_num_threads()} threads"
 
 
 @pytest.mark.parametrize("name", ["M0", "M3", "M4", "M5", "M13"])

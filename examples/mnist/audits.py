@@ -115,10 +115,27 @@ def certified_table(results: Results) -> Table | None:
         cells = [Cell(NOT_PLANNED) if share is None else share_cell(share, n) for share in shares]
         clean, lipschitz = results.clean(name, seed), number(result["lipschitz"], f"{result['lipschitz']:.4f}")
         right = score([clean] if clean else [])
-        rows.append([model_cell(results, name), number(seed), right, lipschitz, *cells])
+        fallen = _fallen(results, name, seed, result.get("held", {}))
+        rows.append([model_cell(results, name), number(seed), right, lipschitz, *cells, fallen])
     header = ["model", "seed", "clean", "Lipschitz constant", *(f"L2 {float(radius):g}" for radius in radii)]
+    header.append("certified images that an attack broke")
     paper = "the paper's best under PGD at L2 0.5, without a certificate: 51.2"
     return Table(f"Accuracy in %, clean and certified ({paper}); {sizes}", header, rows, results.warnings)
+
+
+def _fallen(results: Results, name: str, seed: int, held: dict[str, Any]) -> Cell:
+    """How many images fell to any attack within an L2 threat of those certified at its radius or the next larger."""
+    found, said = 0, []
+    for threat in results.named("threat"):
+        norm, eps = threat.split()
+        reaching = [radius for radius in held if norm == "L2" and float(radius) >= float(eps)]
+        worst = results.worst(threat, name, seed=seed)
+        if reaching and worst:
+            proven = Scores.unpack(held[min(reaching, key=float)]).first(len(worst)).counts
+            broken = sum(a and not b for a, b in zip(proven, worst.counts, strict=True))
+            found += broken
+            said.append(f"{broken} of {sum(proven):,} within {threat}")
+    return number(found, "; ".join(said)) if said else Cell(NOT_PLANNED)
 
 
 def cost_table(results: Results) -> Table:

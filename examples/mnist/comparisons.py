@@ -21,13 +21,17 @@ RULE = (
 
 @dataclass(frozen=True)
 class Pair:
-    """Two models of one seed on the same `n` images: accuracies, means over draws, and McNemar's p of one draw."""
+    """Two models of one seed on the same `n` images: accuracies, means over draws, and McNemar's p of one draw.
+
+    `votes` are the accuracies of the most frequent answers; None where neither model draws.
+    """
 
     seed: int
     n: int
     first: float
     second: float
     p: float
+    votes: tuple[float, float] | None = None
 
     @property
     def difference(self) -> float:
@@ -59,6 +63,11 @@ class Comparison:
     def interval(self) -> tuple[float, float] | None:
         """The 95 % t interval of the difference over seeds; None for a single one."""
         return t_interval([pair.difference for pair in self.pairs])
+
+    @property
+    def by_vote(self) -> list[float]:
+        """The differences of the seeds by the most frequent answers; none where neither model draws."""
+        return [pair.votes[0] - pair.votes[1] for pair in self.pairs if pair.votes]
 
     @property
     def one_sided(self) -> bool:
@@ -116,7 +125,8 @@ def compare(results: Results, first: str, second: str, threat: str | None) -> Co
     pairs = []
     for seed, each in found.items():
         a, b = (scores.first(n) for scores in each)
-        pairs.append(Pair(seed, n, a.mean, b.mean, mcnemar(a.once, b.once)))
+        votes = (a.right, b.right) if max(a.draws, b.draws) > 1 else None
+        pairs.append(Pair(seed, n, a.mean, b.mean, mcnemar(a.once, b.once), votes))
     return Comparison(first, second, threat, tuple(pairs), "; ".join(waiting) or ("" if pairs else "not planned"))
 
 

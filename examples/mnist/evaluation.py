@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from odelayers import check_stability, spectrum
+from odelayers import check_stability, count_nfe, spectrum
 
 from .accuracy import states
 from .attacks import AutoAttack, Best, Counted, Method, Model as View, Threat, Transfer, input_gradient, perturb
 from .attacks.common import ascent
 from .certified import CertifiedClassifier, evaluate
 from .data import Split
-from .models import Classifier
+from .models import SOLVED, Classifier
 from .presets import Group, Suite, long_steps
 from .progress import bar
 from .scores import Scores
@@ -45,19 +46,24 @@ def judge(model: Victim, data: Split, draws: int, noise: torch.Generator) -> Sco
 
 
 def clean_cell(model: Victim, data: Split, draws: int, seed: int) -> dict[str, Any]:
-    """Accuracy without an attack; cost of a solve: NFE and milliseconds for 128 images."""
+    """Accuracy without an attack; cost of a solve: NFE and milliseconds for 128 images; what is certified, if it is."""
     noise = torch.Generator(data.images.device).manual_seed(seed)
     scores = judge(model, data, draws, noise)
-    batch = data.first(128).images
-    z = states(model, batch)
-    nfe = model.block.solve(z, generator=noise).stats.nfe if hasattr(model.block, "solve") else 0
+    certified, batch = isinstance(model, CertifiedClassifier), data.first(128).images
     started = time.perf_counter()
-    with torch.no_grad():
+    with count_nfe(model) if certified or model.spec.kind in SOLVED else nullcontext() as count:
         model(batch, noise).cpu()
     seconds = time.perf_counter() - started
-    certificate = evaluate(model, data) if isinstance(model, CertifiedClassifier) else {}
-    proven = {key: value for key, value in certificate.items() if key != "clean"}
-    return {"clean": scores.pack(), "nfe": nfe, "milliseconds_128": round(1000 * seconds, 2), **proven}
+    cost = {"nfe": count.nfe if count else 0, "milliseconds_128": round(1000 * seconds, 2)}
+    return {"clean": scores.pack(), **cost, **(_certificate(model, data) if certified else {})}
+
+
+def _certificate(model: CertifiedClassifier, data: Split) -> dict[str, Any]:
+    """What is certified, and sample by sample whether it is right and certified beyond each radius, as `held`."""
+    found = {key: value for key, value in evaluate(model, data).items() if key != "clean"}
+    reach = model.certified_radius(data.images, data.labels)
+    held = {radius: (reach > float(radius)).int().tolist() for radius in found["certified"]}
+    return {**found, "held": {radius: Scores(1, *[tuple(each)] * 3).pack() for radius, each in held.items()}}
 
 
 def attack_cell(

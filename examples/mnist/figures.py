@@ -176,9 +176,13 @@ def _lines(
         for panel, (what, lines) in zip(panels, found.items(), strict=True):
             for name, points in lines.items():
                 i = names.index(name)
-                panel.plot(*zip(*points, strict=True), color=COLOURS[i % 7], linestyle=DASHES[i // 7 % 3],
-                           marker=MARKERS[i % 7], markersize=4.5, linewidth=1.6,
-                           label=results.called(name))  # fmt: skip
+                at, shares = [x for x, _ in points], [scores.mean for _, scores in points]
+                ends = [wilson(scores.mean, len(scores)) for _, scores in points]
+                error = [[100 * (share - low) for share, (low, _) in zip(shares, ends, strict=True)],
+                         [100 * (high - share) for share, (_, high) in zip(shares, ends, strict=True)]]  # fmt: skip
+                panel.errorbar(at, [100 * share for share in shares], yerr=error, color=COLOURS[i % 7],
+                               linestyle=DASHES[i // 7 % 3], marker=MARKERS[i % 7], markersize=4.5, linewidth=1.6,
+                               elinewidth=0.8, label=results.called(name))  # fmt: skip
             panel.set_xlabel(label.format(what))
             panel.grid(linewidth=0.8)
             panel.set_ylim(-3, 103)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from scipy.stats import wasserstein_distance
 
 from .audits import fields
-from .comparisons import RULE, Comparison
+from .comparisons import RULE, Comparison, t_interval
 from .curves import curves, plateaus
 from .figures import ancestors, seconds
 from .results import SIGNIFICANT, WHITE_BOX, Results, mean
@@ -34,7 +34,16 @@ def answer(results: Results, found: Comparison) -> str:
     if interval := found.interval:
         over = f", 95 % t interval over {k} seeds [{100 * interval[0]:+z.1f}, {100 * interval[1]:+z.1f}]"
     p = f"McNemar p = {found.p:.2g}" + (f" (smallest of {k} seeds, Holm-corrected)" if k > 1 else ", from one seed")
-    return f"{asked} **{short}**{warned}{because} The difference is {points}{over}; {p}. {RULE}"
+    return f"{asked} **{short}**{warned}{because} The difference is {points}{over}; {p}.{_voted(found)} {RULE}"
+
+
+def _voted(found: Comparison) -> str:
+    """The same difference by the most frequent answers; nothing where neither model draws."""
+    if not (each := found.by_vote):
+        return ""
+    interval = t_interval(each)
+    over = f" [{100 * interval[0]:+z.1f}, {100 * interval[1]:+z.1f}]" if interval else ""
+    return f" Judged by the most frequent answer over the draws it is {100 * mean(each):+z.1f} points{over}."
 
 
 def accuracy(results: Results) -> str:
@@ -88,7 +97,7 @@ def radii(results: Results) -> str:
     parts = []
     for norm, lines in curves(results).items():
         largest = max(points[-1][0] for points in lines.values())
-        left = {name: points[-1][1] for name, points in lines.items() if points[-1][1] > 0}
+        left = {name: 100 * share for name, points in lines.items() if (share := points[-1][1].mean) > 0}
         standing = ", ".join(f"{results.called(name)} {value:.1f} %" for name, value in left.items())
         parts.append(f"at {norm} {largest:g} {'still stand: ' + standing if left else 'nothing stands'}")
     return (
@@ -102,7 +111,7 @@ def steps(results: Results) -> str:
     """What more steps still break."""
     parts = []
     for threat, lines in plateaus(results).items():
-        drops = {name: points[0][1] - points[-1][1] for name, points in lines.items()}
+        drops = {name: 100 * (points[0][1].mean - points[-1][1].mean) for name, points in lines.items()}
         few, many = (min(p[i][0] for p in lines.values()) for i in (0, -1))
         name = max(drops, key=lambda n: drops[n])
         parts.append(

@@ -166,8 +166,11 @@ def provenance() -> dict[str, Any]:
 
 
 def _machine() -> str:
-    name = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
-    return f"{name}, {torch.get_num_threads()} threads"
+    """The processor too: its maker and kind choose the kernels, and with them the last digits of what is trained."""
+    names = [torch.cpu.get_capabilities().get("cpu_name", platform.machine())]
+    if torch.cuda.is_available():
+        names.append(torch.cuda.get_device_name())
+    return f"{', '.join(names)}, {torch.get_num_threads()} threads"
 
 
 def _commit() -> str | None:

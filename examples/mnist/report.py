@@ -28,7 +28,8 @@ attacks the one that is solved for backwards, *noise-off* attacks that of the sa
 *directions* attacks the mean of the gradients of its draws, each scaled to length 1 at the input of the block,
 *transfer* attacks one of another model, *black-box* attacks none. **The robustness reported is the worst of
 everything**, sample by sample; a sample is judged over the attacks that were run on it, as some are run on the first
-images alone. Queries count the images that a model was asked to judge or differentiate, not the passes that give the
+images alone. Where that is so, a column has the worst case of the first images that all groups but the black-box ones
+reach. Queries count the images that a model was asked to judge or differentiate, not the passes that give the
 gradient of a stand-in (bypass, adjoint, noise-off, directions; AutoAttack's own version for noise). A model is
 *masked* where attacks without its own gradient break significantly more (paired
 McNemar, Holm-corrected over the groups and seeds of the model within the threat). Numbers and pictures are of a

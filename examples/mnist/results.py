@@ -10,12 +10,12 @@ from typing import Any
 from .records import Record, read
 from .scores import Scores, holm, mcnemar, worst
 
-__all__ = ["KINDS", "NOT_PLANNED", "SIGNIFICANT", "WHITE_BOX", "Results", "mean", "seconds_of"]
+__all__ = ["BLACK_BOX", "KINDS", "NOT_PLANNED", "SIGNIFICANT", "WHITE_BOX", "Results", "mean", "seconds_of"]
 
 SIGNIFICANT = 0.05
-WHITE_BOX = "white-box"
+WHITE_BOX, BLACK_BOX = "white-box", "black-box"
 # Groups that do without the gradient of the model itself.
-ROUNDABOUT = ("bypass", "adjoint", "noise-off", "transfer", "black-box")
+ROUNDABOUT = ("bypass", "adjoint", "noise-off", "transfer", BLACK_BOX)
 NOT_PLANNED = "-"
 KINDS = ("train", "clean", "attack", "spectra", "plane", "probe")  # those that the report draws
 

@@ -101,8 +101,9 @@ def run(
     for done, (cell, record) in enumerate(way(make, ledger, jobs, left), 1):
         ledger.note(cell, record)
         ledger.write()
-        minutes_gone = (time.monotonic() - started) / 60
-        say(f"[{done}/{len(ledger.cells)}, {minutes_gone:.1f} min] {cell.name}: {record['seconds']:.1f} s")
+        gone, total = (time.monotonic() - started) / 60, len(ledger.cells)
+        rest = gone / done * (total - done)  # as if all cells were alike
+        say(f"[{done}/{total}, {gone:.1f} min, {rest:.0f} left] {cell.name}: {record['seconds']:.1f} s")
     _find_others(make, ledger)
     missing = [cell for cell in ledger.cells if cell not in ledger.files]
     for cell in missing:
@@ -135,19 +136,24 @@ def _alone(make: Make, ledger: _Ledger, jobs: int, left: Callable[[], bool]) -> 
 
 
 def _ranks(make: Make, ledger: _Ledger, jobs: int, left: Callable[[], bool]) -> Done:
-    """Under torchrun: every training by all ranks together, the other cells shared out among them.
+    """Under torchrun: first every training, by all ranks together, then the other cells, shared out among them.
 
-    A barrier parts a training from the next, so that no rank sees the record of one that another is still about.
+    A barrier parts a training from the next, so that no rank sees the record of one that another is still about. All
+    stop with the first rank's time: none may wait for others in a training that they do not begin.
     """
     study, rank, ranks = make(), dist.get_rank(), dist.get_world_size()
     study.records.writes = rank == 0
     for cell in ledger.cells:
         if cell.kind == "train" and ledger.reason(cell) is None:
             dist.barrier()
+            goes_on = [left()]
+            dist.broadcast_object_list(goes_on)
+            if not goes_on[0]:
+                break
             yield cell, study.do(cell)
     dist.barrier()
     study.records.writes = True
-    rest = [cell for cell in ledger.cells if cell.kind != "train" and ledger.reason(cell) is None]
+    rest = [c for c in ledger.cells if c.kind != "train" and ledger.ready(c) and ledger.reason(c) is None]
     mine = []
     for cell in rest[rank::ranks]:
         if left():

@@ -5,7 +5,8 @@ from __future__ import annotations
 from .comparisons import t_interval
 from .document import Cell, Table
 from .results import NOT_PLANNED, Results, mean
-from .tables import Sizes, model_cell, number, score
+from .scores import percent
+from .tables import Sizes, model_cell, number, score, share_cell
 
 __all__ = ["groups_table", "seeds_table"]
 
@@ -24,7 +25,7 @@ def seeds_table(results: Results) -> Table:
             if interval := t_interval(means):
                 sizes.score(threat, found)
                 low, high = (f"{100 * end:.1f}" for end in interval)
-                values = ", ".join(f"{100 * value:.1f}" for value in means)
+                values = ", ".join(percent(value, n) for value in means)
                 spread = Cell(f"{100 * mean(means):.1f}", (f"[{low}, {high}]",), mean(means), strong=True)
                 rows.append([model_cell(results, name), Cell(threat), number(len(means)), spread, Cell(values)])
     caption = f"The worst case of what all seeds have in common, accuracy in % with their t interval; {sizes}"
@@ -56,4 +57,4 @@ def _group(results: Results, threat: str, name: str, group: str, seed: int) -> C
         return Cell(NOT_PLANNED)
     alarm = results.masked.get((threat, name, group, seed))
     more = (f"p = {alarm[0]:.1g}, {alarm[1]} that stood fall",) if alarm else ()
-    return Cell(f"{100 * scores.mean:.1f}", (f"n = {len(scores):,}", *more), scores.mean)
+    return share_cell(scores.mean, len(scores), False, f"n = {len(scores):,}", *more)

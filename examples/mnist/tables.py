@@ -6,7 +6,8 @@ from collections.abc import Iterable, Sequence
 
 from .comparisons import Comparison, family
 from .document import Cell, Table
-from .results import NOT_PLANNED, WHITE_BOX, Results, mean
+from .records import Record
+from .results import BLACK_BOX, NOT_PLANNED, WHITE_BOX, Results, mean
 from .scores import Scores, wilson
 
 __all__ = [
@@ -76,14 +77,14 @@ class Sizes:
 
 def primary_table(results: Results, comparison: Comparison) -> Table:
     """The comparison that was said in advance, seed by seed."""
-    rows = [
-        [
-            number(pair.seed), number(pair.n, f"{pair.n:,}"), share_cell(pair.first, pair.n),
-            share_cell(pair.second, pair.n), number(pair.difference, f"{100 * pair.difference:+z.1f}"),
-            number(pair.p, f"{pair.p:.2g}"),
-        ]
-        for pair in comparison.pairs
-    ]  # fmt: skip
+    rows = []
+    for pair in comparison.pairs:
+        votes = [(f"vote {100 * share:.1f}",) for share in pair.votes] if pair.votes else [(), ()]
+        rows.append([
+            number(pair.seed), number(pair.n, f"{pair.n:,}"), share_cell(pair.first, pair.n, False, *votes[0]),
+            share_cell(pair.second, pair.n, False, *votes[1]),
+            number(pair.difference, f"{100 * pair.difference:+z.1f}"), number(pair.p, f"{pair.p:.2g}"),
+        ])  # fmt: skip
     sizes = Sizes()
     sizes.found["both models, paired"] = {pair.n for pair in comparison.pairs}
     caption = f"Worst case at {comparison.threat}, accuracy in % (under noise the mean over draws); {sizes}"
@@ -171,15 +172,34 @@ def attacks_table(results: Results, threat: str) -> Table:
     records = [record for (_, _, t, _), record in results.found("attack") if t == threat]
     white = [record for record in records if record["config"]["group"]["name"] == WHITE_BOX]
     single = list(dict.fromkeys(attack for record in white for attack in record.result["attacks"]))
-    groups, sizes = results.groups(threat), Sizes()
-    rows = [_attacked(results, threat, name, single, groups, sizes) for name in results.named("model")]
-    columns = [HEADLINE, "masked?", "clean", *single, *(f"{group}, worst" for group in groups)]
+    groups, sizes, n = results.groups(threat), Sizes(), _shared(records)
+    rows = [_attacked(results, threat, name, single, groups, sizes, n) for name in results.named("model")]
+    shared = [f"{HEADLINE}, first {n:,}"] if n else []
+    columns = [HEADLINE, *shared, "masked?", "clean", *single, *(f"{group}, worst" for group in groups)]
     caption = f"T2. Accuracy in % under {threat}; {sizes}"
     return Table(caption, ["model", *columns, "seeds", "queries", "seconds"], rows, results.warnings)
 
 
+def _shared(records: Sequence[Record]) -> int | None:
+    """How many of the first images all groups reach but the black-box ones; None where that is all of them."""
+    sizes: dict[str, int] = {}
+    for record in records:
+        group = record["config"]["group"]["name"]
+        sizes[group] = max(
+            sizes.get(group, 0), *(len(packed["counts"]) for packed in record.result["attacks"].values())
+        )
+    n = min((n for group, n in sizes.items() if group != BLACK_BOX), default=0)
+    return n if 0 < n < max(sizes.values()) else None
+
+
 def _attacked(
-    results: Results, threat: str, name: str, single: Sequence[str], groups: Sequence[str], sizes: Sizes
+    results: Results,
+    threat: str,
+    name: str,
+    single: Sequence[str],
+    groups: Sequence[str],
+    sizes: Sizes,
+    shared: int | None,
 ) -> list[Cell]:
     seeds = results.shown(threat, name)
     first = seeds[0] if seeds else 0
@@ -194,12 +214,17 @@ def _attacked(
     headline = sizes.score(HEADLINE, under(), untrained or why(WHITE_BOX), strong=True)
     if seeds and (lacking := results.lacks(threat, name, first)):
         headline = Cell(headline.text, (*headline.small, f"without {', '.join(lacking)}"), headline.value, strong=True)
+    both = [
+        sizes.score(f"{HEADLINE}, first {n:,}", [found and found.first(n) for found in under()], headline.text)
+        for n in ([shared] if shared else [])
+    ]
     why_clean = results.missing("clean", name, first) or "not run"
     clean = [results.clean(name, seed) for seed in seeds or results.seeds(name)]
     white = [results.attacks(threat, name, WHITE_BOX, seed) for seed in seeds]
     return [
         model_cell(results, name),
         headline,
+        *both,
         _flag(results, threat, name),
         sizes.score("clean", clean, why_clean),
         *(sizes.score(attack, [found.get(attack) for found in white], why(WHITE_BOX)) for attack in single),
@@ -243,7 +268,7 @@ def heads_table(results: Results) -> Table | None:
         return None
     rows, sizes, threats = [], Sizes(), results.named("threat")
     for name in same:
-        clean = [results.clean(name, seed) for seed in results.seeds(name)]
+        clean = [results.clean(name, seed) for seed in results.shown(results.primary[2], name) or results.seeds(name)]
         under = [
             sizes.score(t, [results.worst(t, name, seed=seed) for seed in results.shown(t, name)]) for t in threats
         ]
