@@ -67,7 +67,7 @@ def _accuracies(results: Results, name: str, what: str) -> list[list[str]]:
 def _table(results: Results) -> str:
     lines = [line for name in results.rows for line in _accuracies(results, name, "table")]
     header = ["net, trained to", "attack", *(f"t = {column}" for column in results.columns)]
-    caption = "Accuracy in % at each end time, ours with interval, the blog's in parentheses"
+    caption = "T5. Accuracy in % at each end time, ours with interval, the blog's in parentheses"
     return "## The blog's table\n\n" + markdown(results, caption, header, lines)
 
 
