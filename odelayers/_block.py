@@ -7,9 +7,11 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from odelayers import _checks
 from odelayers._driver import Driver, Uniform
+from odelayers._evaluator import recordable
 from odelayers._field import Field, takes_time
 from odelayers._gradients import Backprop, Gradient, Implicit
 from odelayers._running import RunningField, RunningRegularizer
@@ -68,12 +70,10 @@ class Block(nn.Module):
         self.f, self.t1, self.solver, self.gradient = f, t1, solver, gradient
         self.on_failure = _checks.one_of(on_failure, f"{self._where}: on_failure", ON_FAILURE)
         self._counters: list[Callable[[], None]] = []
-        self._programs = self._compiled(compile) if compile else None
+        self._programs = self._compiled() if _checks.boolean(compile, f"{self._where}: compile") else None
 
-    def _compiled(self, compile: bool) -> Programs:
+    def _compiled(self) -> Programs:
         """The block's programs, where its solver and gradient have any."""
-        if compile is not True:
-            raise TypeError(f"{self._where}: compile: expected True or False, got {compile!r}")
         known = isinstance(self.solver, FixedRungeKutta | AdaptiveRungeKutta)
         own_steps = getattr(self.solver, "batch", "shared") == "independent"
         if not (known and not own_steps and isinstance(self.gradient, Backprop)):
@@ -142,8 +142,15 @@ class Block(nn.Module):
             SolveError: if rows fail and on_failure is "raise".
             TypeError, ValueError: on a state, time, context or field that does not fit.
         """
+        if running and torch.is_inference_mode_enabled():
+            # What runs along a solve may differentiate the field, and autograd records nothing in inference mode.
+            with torch.inference_mode(False), torch.no_grad():
+                given = {"z": z, "ts": ts, "t1": t1, "context": context, "noise": noise}
+                given = tree_map_only(Tensor, recordable, given)
+                return self.solve(**given, generator=generator, running=running, on_failure=on_failure)
         where = self._where
-        isolate = _checks.one_of(on_failure or self.on_failure, f"{where}: on_failure", ON_FAILURE) == "isolate"
+        chosen = self.on_failure if on_failure is None else on_failure
+        isolate = _checks.one_of(chosen, f"{where}: on_failure", ON_FAILURE) == "isolate"
         z = _checks.state(z, where)
         if generator is not None and not isinstance(generator, torch.Generator):
             raise TypeError(f"{where}: generator: expected a torch.Generator, got {type(generator).__name__}")

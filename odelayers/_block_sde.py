@@ -58,8 +58,10 @@ class NoisyBlock(Block):
             raise ValueError(
                 f"{self._where}: noise: {self.solver!r} draws its own path; give increments to an own solver"
             )
-        if tuple(given.shape) == (n, len(z0)):
-            given = given.reshape(n, len(z0), *[1] * (z0.ndim - 1))
+        if not given.is_floating_point():
+            raise TypeError(f"{self._where}: noise: expected floating-point increments, got {given.dtype}")
+        if self.noise == "scalar" and tuple(given.shape) == (n, len(z0)):
+            given = given.reshape(n, *shape)
         if tuple(given.shape) != (n, *shape):
             raise ValueError(
                 f"{self._where}: noise: expected increments of shape {(n, *shape)} ({n} steps, {self.noise} noise), "

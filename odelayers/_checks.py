@@ -10,6 +10,7 @@ from torch import Tensor
 
 __all__ = [
     "at_least_float32",
+    "boolean",
     "finite_number",
     "half_precision",
     "one_of",
@@ -21,6 +22,13 @@ __all__ = [
 ]
 
 half_precision = (torch.float16, torch.bfloat16)
+
+
+def boolean(value: Any, name: str) -> bool:
+    """Return `value` if it is True or False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: expected True or False, got {value!r} ({type(value).__name__})")
+    return value
 
 
 def positive_int(value: Any, name: str) -> int:

@@ -35,6 +35,7 @@ def count_nfe(module: nn.Module) -> Iterator[NFECount]:
         An object whose `nfe` is the count so far; one evaluation is one call of a field on a batch.
 
     Raises:
+        TypeError: if it is no module.
         ValueError: if the module holds no block.
 
     Example:
@@ -46,6 +47,8 @@ def count_nfe(module: nn.Module) -> Iterator[NFECount]:
         >>> count.nfe
         20
     """
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"count_nfe: expected a module that holds a block, got {type(module).__name__}")
     blocks = [m for m in module.modules() if isinstance(m, Block)]
     if not blocks:
         raise ValueError(f"count_nfe: expected a module that holds a block, got {type(module).__name__} without one")

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from odelayers._field import Field, tensors
 
-__all__ = ["Evaluator", "OnCall", "ambient", "dual", "readable", "traced", "transformed", "vmapped"]
+__all__ = ["Evaluator", "OnCall", "ambient", "dual", "readable", "recordable", "traced", "transformed", "vmapped"]
 
 OnCall = Callable[[], None]
 Inspect = Callable[[Tensor, Tensor | float, Tensor], None]
@@ -59,6 +59,11 @@ def vmapped(z: Tensor) -> bool:
 def ambient(device: torch.device) -> torch.dtype | None:
     """The dtype of the autocast that the caller is in; None outside of one."""
     return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
+
+
+def recordable(x: Tensor) -> Tensor:
+    """The same values as autograd can record, outside of inference mode: of a tensor made inside of it a copy."""
+    return x.clone() if x.is_inference() else x
 
 
 def _counting(z: Tensor) -> Tensor:

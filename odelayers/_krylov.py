@@ -13,7 +13,7 @@ from odelayers._checks import at_least_float32, positive_int, positive_number, s
 from odelayers._evaluator import Evaluator
 from odelayers._field import Field, as_rows
 from odelayers._jacobian import refuse_batch_statistics
-from odelayers._linalg import check_rows_finite, eigenpairs
+from odelayers._linalg import check_rows_finite, eigenpairs, row_norms, unit_rows
 
 __all__ = ["RitzValues", "euclidean_log_norm", "rightmost_eigenvalues"]
 
@@ -136,6 +136,8 @@ def euclidean_log_norm(
 
 def _checked(f: Callable[..., Tensor], z: Tensor, where: str) -> tuple[Field, Tensor]:
     field, z = Field.of(f), state(z, where)
+    if z.shape[1:].numel() == 0:
+        raise ValueError(f"{where}: expected rows with at least one coordinate, got z of shape {tuple(z.shape)}")
     refuse_batch_statistics(field, where)
     check_rows_finite(z, f"{where}: z")
     return field, z
@@ -201,18 +203,18 @@ def _arnoldi(product: Callable[[Tensor], Tensor], z: Tensor, iterations: int, wh
         torch.zeros(B, m + 1, D, dtype=dtype, device=z.device),
         torch.zeros(B, m + 1, m, dtype=dtype, device=z.device),
     )
-    V[:, 0] = torch.nn.functional.normalize(direction(), dim=1)
+    V[:, 0] = unit_rows(direction())
     for j in range(m):
         image = product(V[:, j]).to(dtype)
         coefficients, rest = _orthogonalised(image, V[:, : j + 1])
-        left = rest.norm(dim=1)
-        closed = left <= _rounding(z) * image.norm(dim=1)
+        left = row_norms(rest)
+        closed = left <= _rounding(z) * row_norms(image)
         left = left.masked_fill(closed, 0.0)
         H[:, : j + 1, j], H[:, j + 1, j] = coefficients, left
         if j + 1 < D and bool(closed.any()):
-            _, other = _orthogonalised(torch.nn.functional.normalize(direction(), dim=1), V[:, : j + 1])
+            _, other = _orthogonalised(unit_rows(direction()), V[:, : j + 1])
             rest = torch.where(closed[:, None], other, rest)
-        V[:, j + 1] = torch.nn.functional.normalize(rest, dim=1)
+        V[:, j + 1] = unit_rows(rest)
     check_rows_finite(H, where)
     H = H.double().cpu()
     return H[:, :m], H[:, m, m - 1]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from odelayers._checks import at_least_float32, one_of
+from odelayers._solution import GradientError
 from odelayers._squaring import bounds_by_squaring, number_of_squarings, power_of_two
 
 __all__ = [
@@ -18,7 +19,9 @@ __all__ = [
     "finite_square",
     "gershgorin",
     "log_norm",
+    "row_norms",
     "spectral_abscissa",
+    "unit_rows",
 ]
 
 _AXES = ("row", "column")
@@ -75,7 +78,7 @@ def log_norm(J: Tensor, p: float) -> Tensor:
     >>> [round(log_norm(J, p).item(), 5) for p in (1, 2, math.inf)]
     [3.0, 1.0, 3.0]
     """
-    if p not in (1, 2, math.inf):
+    if isinstance(p, bool) or p not in (1, 2, math.inf):
         raise ValueError(f"log_norm: expected p as 1, 2 or math.inf, got {p!r}")
     J = finite_square(J, "log_norm")
     if p == 2:
@@ -112,6 +115,8 @@ def spectral_abscissa(J: Tensor, method: str = "eig", *, squarings: int | None =
         TypeError: J is not a floating-point or complex tensor, or `squarings` no int.
         ValueError: J is not square or not finite (rows named), `method` is unknown, or `squarings` outside 1 to 24 or
             given for `"eig"`.
+        GradientError: from the backward pass of `"squaring"`. The bound turns with the phase of a complex pair: near as
+            it is to the abscissa, its slope in J is another, by any factor, however often is squared.
 
     Source: e^{t abscissa} <= |e^{tJ}| for t > 0, in every submultiplicative norm; e^{2tJ} is the square of e^{tJ}.
 
@@ -121,10 +126,31 @@ def spectral_abscissa(J: Tensor, method: str = "eig", *, squarings: int | None =
     """
     if one_of(method, "spectral_abscissa: method", _METHODS) == "squaring":
         k = number_of_squarings(squarings, "spectral_abscissa")
-        return bounds_by_squaring(finite_square(J, "spectral_abscissa"), k).upper
+        matrices = finite_square(J, "spectral_abscissa")
+        upper: Tensor = _Bound.apply(matrices, bounds_by_squaring(matrices.detach(), k).upper)  # type: ignore[no-untyped-call]
+        return upper
     if squarings is not None:
         raise ValueError(f'spectral_abscissa: squarings={squarings!r} is for method="squaring", got method="eig"')
     return eigenvalues(J, "spectral_abscissa").real.amax(-1)
+
+
+class _Bound(torch.autograd.Function):
+    """The bound beside the matrices that it is of; says why it has no gradient when one is asked for."""
+
+    @staticmethod
+    def forward(J: Tensor, bound: Tensor) -> Tensor:
+        return bound.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, None]:
+        raise GradientError(
+            'spectral_abscissa: method="squaring" gives a bound whose slope is not that of the abscissa: of a complex '
+            'pair it is wrong by any factor; use method="eig" for a gradient, or pass J.detach()'
+        )
 
 
 def eigenvalues(J: Tensor, where: str) -> Tensor:
@@ -159,6 +185,20 @@ def finite_square(J: Any, where: str) -> Tensor:
     matrices = _square(J, where)
     check_rows_finite(matrices.reshape(-1, matrices.shape[-2] * matrices.shape[-1]), f"{where}: J")
     return matrices
+
+
+def row_norms(x: Tensor) -> Tensor:
+    """Give the Euclidean norms (B,) of rows (B, n), also where squares of entries leave the range of the dtype."""
+    scale = power_of_two(x.unsqueeze(1))[:, 0]
+    norms: Tensor = (x / scale).norm(dim=1) * scale[:, 0]
+    return norms
+
+
+def unit_rows(x: Tensor) -> Tensor:
+    """Give the rows (B, n) at length 1, however short or long they are; rows of 0 stay."""
+    x = x / power_of_two(x.unsqueeze(1))[:, 0]
+    units: Tensor = x / x.norm(dim=1, keepdim=True).clamp(min=torch.finfo(x.dtype).tiny)
+    return units
 
 
 def _prepared(J: Tensor) -> tuple[Tensor, Tensor]:

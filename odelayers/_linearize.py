@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from odelayers._evaluator import dual, transformed
+from odelayers._evaluator import dual, recordable, transformed
 from odelayers._field import Field
 
 __all__ = ["Factor", "leaf", "linearization", "product", "refused", "within"]
@@ -52,7 +52,7 @@ def leaf(x: Tensor) -> Tensor:
     """The same values as the leaf of a new graph, which autograd differentiates by."""
     if not torch.compiler.is_compiling() and (transformed() or dual()):
         raise refused()
-    return (x.clone() if x.is_inference() else x.detach()).requires_grad_()
+    return recordable(x).detach().requires_grad_()
 
 
 def refused() -> RuntimeError:

@@ -37,10 +37,11 @@ class RunningField(Field):
     ) -> RunningField:
         """The field that also accumulates the regularisers; a probe shaped like z0 is drawn if one of them needs it."""
         for r in regularizers:
-            if not callable(getattr(r, "rate", None)) or not hasattr(r, "needs_jacobian"):
+            if isinstance(r, type) or not callable(getattr(r, "rate", None)) or not hasattr(r, "needs_jacobian"):
                 raise TypeError(
-                    f"running: expected regularisers accumulated along a solve (KineticRegularizer, "
-                    f"JacobianRegularizer, SteadyStateRegularizer), got {type(r).__name__}"
+                    f"running: expected regularisers accumulated along a solve (KineticRegularizer(), "
+                    f"JacobianRegularizer(), SteadyStateRegularizer()), got "
+                    f"{f'the class {r.__name__}' if isinstance(r, type) else type(r).__name__}"
                 )
         probe = torch.zeros_like(z0)
         if any(r.needs_jacobian for r in regularizers):
@@ -79,7 +80,8 @@ class RunningField(Field):
         with torch.set_grad_enabled(recording or jacobian):
             dz = field(t, z)
             rates = [r.rate(t, z, dz, probe) for r in self.regularizers]
-            out = torch.cat([as_rows(dz), torch.stack(rates, dim=1).to(dz.dtype)], dim=1)
+            # Of the state's precision: the rates of a field in half precision may be beyond its range.
+            out = torch.cat([as_rows(dz).to(y.dtype), torch.stack(rates, dim=1).to(y.dtype)], dim=1)
         return out if recording else out.detach()
 
     def _parts(self) -> tuple[Field, Tensor]:

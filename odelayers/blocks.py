@@ -107,14 +107,14 @@ class AugmentedODEBlock(ODEBlock):
         self.extra = _checks.positive_int(extra, "AugmentedODEBlock: extra")
         if isinstance(axis, bool) or not isinstance(axis, int):
             raise TypeError(f"AugmentedODEBlock: axis: expected an int, got {axis!r}")
-        self.axis, self.keep = axis, bool(keep)
+        self.axis, self.keep = axis, _checks.boolean(keep, "AugmentedODEBlock: keep")
 
     def _enter(self, z: Tensor) -> Tensor:
         axis = self.axis if self.axis >= 0 else self.axis + z.ndim
         if not 1 <= axis < z.ndim:
             raise ValueError(
-                f"AugmentedODEBlock: axis={self.axis} is not a state axis of z with shape {tuple(z.shape)}; "
-                f"expected 1 to {z.ndim - 1} (axis 0 is the batch)"
+                f"AugmentedODEBlock: axis={self.axis} is not a state axis of z with shape {tuple(z.shape)}; expected "
+                f"{f'1 to {z.ndim - 1} (axis 0 is the batch)' if z.ndim > 1 else 'a state (B, D) or larger'}"
             )
         shape = list(z.shape)
         shape[axis] = self.extra
@@ -269,7 +269,7 @@ class DropoutSDEBlock(NoisyBlock):
         )
         self.p = _checks.probability(p, "DropoutSDEBlock: p")
         self.layer_time = _checks.positive_number(layer_time, "DropoutSDEBlock: layer_time")
-        self.noise_in_eval = bool(noise_in_eval)
+        self.noise_in_eval = _checks.boolean(noise_in_eval, "DropoutSDEBlock: noise_in_eval")
 
     @property
     def sigma(self) -> float:

@@ -37,13 +37,17 @@ class MLP(nn.Sequential):
         activation: class of the activation; a smooth one keeps high-order solvers at their order.
 
     Raises:
-        TypeError, ValueError: a width is not an int >= 1.
+        TypeError, ValueError: a width is not an int >= 1, `hidden` no sequence of them, or `activation` no class.
 
     >>> MLP(2, hidden=(16,))(torch.zeros(5, 2)).shape
     torch.Size([5, 2])
     """
 
     def __init__(self, dim: int, hidden: Sequence[int] = (64,), activation: Callable[[], nn.Module] = nn.Tanh):
+        if not isinstance(hidden, Sequence) or isinstance(hidden, str):
+            raise TypeError(f"MLP: hidden: expected a sequence of widths such as (64,), got {hidden!r}")
+        if isinstance(activation, nn.Module) or not callable(activation):
+            raise TypeError(f"MLP: activation: expected a class such as nn.Tanh, got {activation!r}")
         widths = [positive_int(dim, "MLP: dim"), *(positive_int(h, "MLP: hidden") for h in hidden), dim]
         layers: list[nn.Module] = []
         for before, after in pairwise(widths):

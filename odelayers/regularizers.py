@@ -5,16 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from odelayers._accumulated import JacobianRegularizer, KineticRegularizer, SteadyStateRegularizer
 from odelayers._checks import at_least_float32, finite_number, one_of, points, positive_int, positive_number
-from odelayers._evaluator import Evaluator
+from odelayers._evaluator import Evaluator, recordable
 from odelayers._field import Field, as_rows
-from odelayers._jacobian import jacobian
+from odelayers._jacobian import jacobian, refuse_batch_statistics
 from odelayers._linalg import check_rows_finite, gershgorin
 from odelayers._linearize import linearization
 
@@ -139,91 +140,25 @@ class LyapunovRegularizer:
             ValueError: z is empty, and what `jacobian` raises.
         """
         field, z = Field.of(f), points(z, "LyapunovRegularizer")
+        if generator is not None and not isinstance(generator, torch.Generator):
+            raise TypeError(
+                f"LyapunovRegularizer: generator: expected a torch.Generator or None, got {type(generator).__name__}"
+            )
+        refuse_batch_statistics(field, "LyapunovRegularizer")  # before its statistics move
+        check_rows_finite(z, "LyapunovRegularizer: z")
+        velocity = at_least_float32(Evaluator(field, len(z))(t, z))
+        check_rows_finite(velocity, f"LyapunovRegularizer: field {field.name}: f(z)")
         some, chosen = field, z
         if self.samples is not None and self.samples < len(z):
             device = z.device if generator is None else generator.device
             rows = torch.randperm(len(z), generator=generator, device=device)[: self.samples].to(z.device)
             some, chosen = field.take(rows, len(z)), z[rows]
-        centres, radii = _discs(some, chosen, t, self.axis)  # first: it refuses BatchNorm before its statistics move
+        centres, radii = _discs(some, chosen, t, self.axis)
         return LyapunovTerms(
-            field=(self.field_scale * at_least_float32(Evaluator(field, len(z))(t, z))).square().mean(),
+            field=(self.field_scale * velocity).square().mean(),
             diagonal=_tame_exp(self.diagonal_scale * (centres + self.diagonal_margin)).mean(),
             dominance=_tame_exp(self.dominance_scale * (radii - centres.abs() + self.dominance_margin)).mean(),
         )
-
-
-@dataclass(frozen=True)
-class SteadyStateRegularizer:
-    """TisODE's steady-state penalty along a solve: the integral of |f(t, z)|, Euclidean over the coordinates of a row.
-
-    Hand it to the solve that goes on after the end time:
-
-        z = block(x)                                                  # t0 to t1
-        rest = block.solve(z, t1=..., running=[SteadyStateRegularizer()])
-        loss = cross_entropy(head(z), y) + 0.01 * rest.running[0].mean()
-
-    Divide by the length of that solve for the mean of |f| over it.
-    Source: Yan, Du, Tan, Feng, "On robustness of neural ordinary differential equations" (ICLR 2020), section 4.
-    """
-
-    needs_jacobian: ClassVar[bool] = False
-
-    def rate(self, t: Tensor | float, z: Tensor, dz: Tensor, probe: Tensor) -> Tensor:
-        """Give |dz| of each row, (B,).
-
-        >>> SteadyStateRegularizer().rate(0.0, torch.zeros(1, 2), torch.tensor([[3.0, 4.0]]), torch.zeros(1, 2))
-        tensor([5.])
-        """
-        speed: Tensor = torch.linalg.vector_norm(as_rows(dz), dim=1)
-        return speed
-
-
-@dataclass(frozen=True)
-class KineticRegularizer:
-    """The kinetic energy of a trajectory: the integral of |f(t, z)|^2 / D, D the number of coordinates of a row.
-
-    Source: Finlay et al., "How to train your neural ODE" (ICML 2020), there without the division.
-    """
-
-    needs_jacobian: ClassVar[bool] = False
-
-    def rate(self, t: Tensor | float, z: Tensor, dz: Tensor, probe: Tensor) -> Tensor:
-        """Give the mean of dz^2 over each row, (B,).
-
-        >>> KineticRegularizer().rate(0.0, torch.zeros(1, 2), torch.tensor([[3.0, 4.0]]), torch.zeros(1, 2))
-        tensor([12.5000])
-        """
-        return as_rows(dz).square().mean(1)
-
-
-@dataclass(frozen=True)
-class JacobianRegularizer:
-    """The size of the Jacobian along a trajectory: the integral of |e' J|^2 / D, e standard normal, fixed for a solve.
-
-    Its mean over e is the squared Frobenius norm of J over D, the number of coordinates of a row.
-
-    Source: Finlay et al., "How to train your neural ODE" (ICML 2020), there without the division.
-    """
-
-    needs_jacobian: ClassVar[bool] = True
-
-    def rate(self, t: Tensor | float, z: Tensor, dz: Tensor, probe: Tensor) -> Tensor:
-        """Give the mean of (probe' J)^2 over each row, (B,).
-
-        Raises:
-            ValueError: z does not require a gradient.
-
-        >>> z = torch.zeros(1, 2, requires_grad=True)
-        >>> JacobianRegularizer().rate(0.0, z, 3 * z, torch.tensor([[1.0, 2.0]])).item()
-        22.5
-        """
-        if not z.requires_grad:
-            raise ValueError("JacobianRegularizer: rate: expected a state z that requires a gradient")
-        gradient = None
-        if dz.requires_grad:
-            (gradient,) = torch.autograd.grad(dz, z, probe, create_graph=True, allow_unused=True)
-        # A field that does not depend on z has the Jacobian 0.
-        return dz.new_zeros(len(dz)) if gradient is None else as_rows(gradient).square().mean(1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -261,20 +196,21 @@ class LyaNetRegularizer:
 
         Raises:
             TypeError: z is not a floating-point tensor.
-            ValueError: z is empty, or f returns another shape than z's.
+            ValueError: z is empty, f returns another shape than z's, or f contains a BatchNorm with batch statistics.
 
         >>> z, y = torch.zeros(1, 2), torch.tensor([0])
         >>> round(LyaNetRegularizer(kappa=2.0)(lambda z: -z, z, y, lambda z: z).item(), 4)
         1.3863
         """
-        z = points(z, "LyaNetRegularizer")
+        field, z = Field.of(f), points(z, "LyaNetRegularizer")
+        refuse_batch_statistics(field, "LyaNetRegularizer")
         further = torch.is_grad_enabled()
-        with torch.enable_grad():
+        with torch.inference_mode(False), torch.enable_grad():
             # A view of its own: hooks on z see the gradients of the caller's graph, not the one that is taken here.
-            x = z.view_as(z) if further and z.requires_grad else z.detach().requires_grad_()
-            potential = F.cross_entropy(head(x), y, reduction="none")
+            x = z.view_as(z) if further and z.requires_grad else recordable(z).detach().requires_grad_()
+            potential = F.cross_entropy(head(x), recordable(y), reduction="none")
             (gradient,) = torch.autograd.grad(potential.sum(), x, create_graph=further)
-        velocity = Evaluator(Field.of(f), len(z))(t, z)
+        velocity = Evaluator(field, len(z))(t, z)
         decay = as_rows(gradient * velocity).sum(1)
         return F.relu(decay + self.kappa * (potential if further else potential.detach())).mean()
 
@@ -285,7 +221,8 @@ def _discs(field: Field, z: Tensor, t: Tensor | float, axis: str) -> tuple[Tenso
     if factors is None or len(factors) > 1 or factors[0].slopes is None:
         return gershgorin(at_least_float32(jacobian(field, z, t)), axis)
     slopes, matrix = at_least_float32(factors[0].slopes), at_least_float32(factors[0].matrix)
-    check_rows_finite(slopes, f"LyapunovRegularizer: field {field.name}: linearize")
+    for factor in (slopes, matrix):
+        check_rows_finite(factor, f"LyapunovRegularizer: field {field.name}: linearize")
     diagonal, radii = gershgorin(matrix, axis)
     if axis == "row":
         return slopes * diagonal, slopes.abs() * radii

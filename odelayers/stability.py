@@ -10,14 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from odelayers._checks import finite_number, half_precision, positive_int, state
+from odelayers._checks import at_least_float32, finite_number, half_precision, positive_int, state
 from odelayers._driver import Clock
 from odelayers._evaluator import Evaluator
 from odelayers._field import Field, as_rows
 from odelayers._hurwitz import is_hurwitz
 from odelayers._jacobian import jacobian, value_and_jacobian
 from odelayers._krylov import RitzValues, euclidean_log_norm, rightmost_eigenvalues
-from odelayers._linalg import eigenvalues, gershgorin, log_norm, spectral_abscissa
+from odelayers._linalg import eigenvalues, gershgorin, log_norm, row_norms, spectral_abscissa
+from odelayers._solution import SolveError, Status
 from odelayers._solvers.fixed import RK4
 
 __all__ = [
@@ -159,7 +160,7 @@ def check_stability(
         margin: how far from 0 a quantity must lie to have a sign, beyond rounding; >= 0, in units of 1/time.
 
     Raises:
-        TypeError, ValueError: as `jacobian`; `margin` is negative or not finite.
+        TypeError, ValueError: as `jacobian`; `t` is no number; `margin` is negative or not finite.
 
     Source: Shariatian, "Can neural ODEs offer free robustness?", theorems 3 (linear stability) and 4 (Gershgorin), the
     latter corrected: it is the real part of J_ii that must lie below -R_i.
@@ -169,15 +170,17 @@ def check_stability(
     """
     if finite_number(margin, "check_stability: margin") < 0:
         raise ValueError(f"check_stability: margin: expected a number >= 0, got {margin}")
+    at = t.item() if isinstance(t, Tensor) and t.ndim == 0 else t
+    finite_number(at, "check_stability: t")
     field = Field.of(f)
     velocity, J = value_and_jacobian(field, z, t)
     diagonal, rows = gershgorin(J, "row")
     _, columns = gershgorin(J, "column")
     return StabilityReport(
         field=field.name,
-        t=float(t),
+        t=float(at),
         margin=float(margin),
-        residual=as_rows(velocity).norm(dim=1),
+        residual=row_norms(at_least_float32(as_rows(velocity))),
         abscissa=spectral_abscissa(J),
         log_norm_1=log_norm(J, 1),
         log_norm_2=log_norm(J, 2),
@@ -185,7 +188,7 @@ def check_stability(
         diagonal=diagonal.amax(1),
         row_dominance=(diagonal.abs() - rows).amin(1),
         column_dominance=(diagonal.abs() - columns).amin(1),
-        rounding=J.shape[-1] * torch.finfo(J.dtype).eps * J.flatten(1).norm(dim=1),
+        rounding=J.shape[-1] * torch.finfo(J.dtype).eps * row_norms(at_least_float32(J.flatten(1))),
     )
 
 
@@ -211,7 +214,7 @@ def lyapunov_exponents(
         The exponents (B, D), in units of 1/time, D the number of coordinates of a row.
 
     Raises:
-        TypeError, ValueError: as `jacobian`; t1 <= t0; `steps` is not an int >= 1.
+        TypeError, ValueError: as `jacobian`; rows without a coordinate; t1 <= t0; `steps` is not an int >= 1.
         SolveError: a solution is not finite.
 
     Source: Benettin, Galgani, Giorgilli, Strelcyn (1980).
@@ -226,7 +229,8 @@ def lyapunov_exponents(
     positive_int(steps, "lyapunov_exponents: steps")
     if finite_number(t1, "lyapunov_exponents: t1") <= finite_number(t0, "lyapunov_exponents: t0"):
         raise ValueError(f"lyapunov_exponents: expected t1 > t0, got t0={t0}, t1={t1}")
-    D = z0.shape[1:].numel()
+    if not (D := z0.shape[1:].numel()):
+        raise ValueError(f"lyapunov_exponents: expected rows with a coordinate at least, got z0 of {tuple(z0.shape)}")
 
     def with_frame(t: Tensor, s: Tensor) -> Tensor:
         velocity, J = value_and_jacobian(field, s[:, :D].reshape(z0.shape), t, check_finite=False)
@@ -239,7 +243,11 @@ def lyapunov_exponents(
     stretchings = z.new_zeros(z.shape)
     for i in range(steps):
         s = torch.cat([z, Q.flatten(1)], 1)
-        s = solver.integrate(system, s, (t0 + i * h, t0 + (i + 1) * h), Clock()).zs[-1]
+        try:
+            s = solver.integrate(system, s, (t0 + i * h, t0 + (i + 1) * h), Clock()).zs[-1]
+        except SolveError as error:  # each step is a solve of its own, and its start an initial state on the way alone
+            status = Status.BLOW_UP if i else error.status
+            raise SolveError(f"lyapunov_exponents: {error.where}", error.rows, error.t, status, error.note) from None
         z, (Q, R) = s[:, :D], torch.linalg.qr(s[:, D:].reshape(-1, D, D))
         stretchings += R.diagonal(dim1=1, dim2=2).abs().log()
     return (stretchings / (t1 - t0)).sort(dim=1, descending=True).values

@@ -14,7 +14,7 @@ from cosmic_ray.ast import ast_nodes, get_ast
 from cosmic_ray.mutating import mutate_code
 
 MODULES = ("_solvers/*.py", "_gradients/*.py", "_jacobian.py", "_linearize.py", "_krylov.py", "_linalg.py")
-MODULES += ("_squaring.py", "_hurwitz.py", "stability.py", "regularizers.py")
+MODULES += ("_squaring.py", "_hurwitz.py", "stability.py", "regularizers.py", "_accumulated.py")
 OWN = {  # the tests that know a module best come first
     "_solvers/adaptive.py": "solvers first_step step_control times faults isolate gradients compiled",
     "_solvers/base.py": "solvers isolate faults running times gradients",

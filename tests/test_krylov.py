@@ -49,6 +49,35 @@ def test_over_the_whole_space_they_are_exact(case: Bounded, seed: int) -> None:
     assert (found.values.real.diff(dim=1) <= 0).all()
 
 
+NEARLY_CLOSED = {
+    "few values": lambda D, m, seed: torch.diag(-1 - 3 * random(m, seed=seed).abs()[torch.arange(D) % m]),
+    "identity plus low rank": lambda D, m, seed: (
+        0.1 / D * random(D, m, seed=seed) @ random(m, D, seed=seed + 1) - torch.eye(D, dtype=F64)
+    ),
+}
+
+
+@settings(max_examples=40)
+@given(st.sampled_from(sorted(NEARLY_CLOSED)), st.integers(6, 40), st.integers(1, 5), seeds)
+def test_what_is_left_of_a_nearly_closed_space_is_a_direction(kind: str, D: int, m: int, seed: int) -> None:
+    """After m steps what is left of a product is far below 1e-12: its length is 1 all the same, the answers dense."""
+    A = NEARLY_CLOSED[kind](D, m, seed)
+    Q = torch.linalg.qr(random(D, D, seed=seed + 2))[0]
+    A, z = Q @ A @ Q.T, torch.zeros(1, D, dtype=F64)
+    assert abs(rightmost_eigenvalues(linear(A), z).values.real - rightmost(A[None], 1)) < 1e-9
+    assert abs(euclidean_log_norm(linear(A), z).values - log_norm(A, 2)) < 1e-9
+
+
+@pytest.mark.parametrize("exponent", [-100, -60, -40, 0, 60, 100])
+def test_the_scale_of_a_jacobian_does_not_matter(exponent: int) -> None:
+    """In float32 squares of 2^-100 and 2^100 are out of range: the answers are those at scale 1, scaled."""
+    A, z, scale = random(6, 6, seed=3).float(), torch.zeros(1, 6), 2.0**exponent
+    for ask in (rightmost_eigenvalues, euclidean_log_norm):
+        found, expected = ask(linear(A * scale), z), ask(linear(A), z)
+        torch.testing.assert_close(found.values / scale, expected.values, rtol=1e-4, atol=1e-5)
+        assert found.converged.all() and bool(found.values.isfinite().all())
+
+
 def test_conv_fields_have_their_dense_answers() -> None:
     """ConvField on 4x5x5, D = 100, with 60 iterations: both as dense, to 1e-6, and said to have converged."""
     f, z = ConvField(4).double(), random(3, 4, 5, 5)

@@ -10,9 +10,11 @@ import torchsde
 from torch import Tensor, nn
 
 from odelayers import (
+    AugmentedODEBlock,
     Dopri5,
     DropoutSDEBlock,
     Euler,
+    LyapunovRegularizer,
     Milstein,
     ODEBlock,
     Rodas5P,
@@ -21,10 +23,15 @@ from odelayers import (
     Status,
     TorchDiffEq,
     Tsit5,
+    check_stability,
+    count_nfe,
+    euclidean_log_norm,
+    log_norm,
     lyapunov_exponents,
     simplex_head,
 )
 from odelayers._solvers.reference_sde import _Rows
+from odelayers.fields import MLP
 from problems import TanhNet, name
 
 pytestmark = pytest.mark.timeout(60)
@@ -55,11 +62,54 @@ def test_a_callable_without_a_signature_is_asked_for_its_time() -> None:
         (lambda: ODEBlock(TanhNet()).solve(ONES, 1.0), "ts: expected a Tensor .* or a list of times, got float"),
         (lambda: ODEBlock(TanhNet()).solve(ONES, running="kinetic"), "expected a list of regularisers, got str"),
         (lambda: lyapunov_exponents(lambda z: -z, ONES.half(), t1=1.0), r"got torch.float16; pass z0.double\(\)"),
+        (lambda: AugmentedODEBlock(TanhNet(), 1, keep="no"), "keep: expected True or False, got 'no'"),
+        (lambda: DropoutSDEBlock(TanhNet(), noise_in_eval="false"), "noise_in_eval: expected True or False"),
+        (lambda: ODEBlock(TanhNet(), compile=0), "ODEBlock: compile: expected True or False, got 0"),
+        (lambda: MLP(2, activation=nn.Tanh()), r"MLP: activation: expected a class such as nn.Tanh, got Tanh\(\)"),
+        (lambda: MLP(2, hidden=16), r"MLP: hidden: expected a sequence of widths such as \(64,\), got 16"),
+        (lambda: LyapunovRegularizer()(MLP(2), ONES, generator=0), "generator: expected a torch.Generator or None"),
+        (lambda: check_stability(torch.sin, ONES, t="a"), "check_stability: t: expected a number, got 'a'"),
+        (lambda: count_nfe(3).__enter__(), "count_nfe: expected a module that holds a block, got int"),
+        (
+            lambda: SDEBlock(TanhNet(), TanhNet()).solve(
+                ONES, noise=torch.zeros(20, *ONES.shape, dtype=torch.complex64)
+            ),
+            "noise: expected floating-point increments, got torch.complex64",
+        ),
     ],
 )
 def test_arguments_of_another_type_are_refused(call: Any, words: str) -> None:
     """Expected, got, and what to do."""
     with pytest.raises(TypeError, match=words):
+        call()
+
+
+@pytest.mark.parametrize(
+    "call, words",
+    [
+        (
+            lambda: ODEBlock(TanhNet()).solve(ONES, on_failure=""),
+            "on_failure: expected one of 'raise', 'isolate', got ''",
+        ),
+        (lambda: log_norm(torch.eye(2), True), "expected p as 1, 2 or math.inf, got True"),
+        (
+            lambda: euclidean_log_norm(lambda z: z, torch.zeros(2, 0)),
+            r"at least one coordinate, got z of shape \(2, 0\)",
+        ),
+        (
+            lambda: lyapunov_exponents(lambda z: z, torch.zeros(2, 0), t1=1.0),
+            r"a coordinate at least, got z0 of \(2, 0\)",
+        ),
+        (lambda: AugmentedODEBlock(TanhNet(), 1)(torch.zeros(3)), r"shape \(3,\); expected a state \(B, D\) or larger"),
+        (
+            lambda: SDEBlock(TanhNet(), TanhNet()).solve(torch.zeros(3, 2), noise=torch.zeros(20, 3)),
+            r"expected increments of shape \(20, 3, 2\) .*got \(20, 3\)",
+        ),
+    ],
+)
+def test_values_outside_their_range_are_refused(call: Any, words: str) -> None:
+    """None of them is taken for a default or for something near."""
+    with pytest.raises(ValueError, match=words):
         call()
 
 

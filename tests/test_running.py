@@ -22,6 +22,7 @@ from odelayers import (
     LyapunovRegularizer,
     ODEBlock,
     Reversible,
+    Rodas5P,
     SteadyStateRegularizer,
     TorchDiffEq,
 )
@@ -147,8 +148,46 @@ def test_what_cannot_accumulate_is_refused() -> None:
     z = torch.ones(2, 1, dtype=F64)
     with pytest.raises(TypeError, match=r"running: expected regularisers accumulated.*got LyapunovRegularizer"):
         ODEBlock(Decay(1.0)).solve(z, running=[LyapunovRegularizer()])
+    with pytest.raises(TypeError, match="got the class KineticRegularizer"):
+        ODEBlock(Decay(1.0)).solve(z, running=[KineticRegularizer])
     with pytest.raises(ValueError, match="regularisers accumulate along ODE solves; use an ODEBlock"):
         DropoutSDEBlock(Decay(1.0), 0.1).solve(z, running=[KineticRegularizer()])
+
+
+@pytest.mark.parametrize("solver", [RK4(steps=8), Dopri5(), Rodas5P()], ids=name)
+def test_inference_mode_accumulates_what_no_grad_does(solver: Any) -> None:
+    """Autograd records nothing in inference mode: the Jacobian's integral is not 0 for it; states made in it serve."""
+    block, found = ODEBlock(TanhNet(), solver=solver), []
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            z, draws = torch.full((3, 3), 0.5, dtype=F64), torch.Generator().manual_seed(0)
+            solution = block.solve(z, t1=torch.tensor(2.0), running=[JacobianRegularizer()], generator=draws)
+            found.append((solution.running[0], solution.final))
+    assert found[0][0].min() > 1e-3
+    for a, b in zip(*found, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("half", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("autocast", [False, True], ids=["half state", "autocast"])
+def test_integrals_of_a_field_in_half_precision_are_in_float32(half: torch.dtype, autocast: bool) -> None:
+    """|f|^2 = 9e4 is beyond float16, and the state is not: z' = -z from 300 has the integral 300^2 (1 - e^-0.2) / 2."""
+    lin = nn.Linear(4, 4, bias=False)
+    lin.weight.data = -torch.eye(4)
+    block, z = ODEBlock(lin, t1=0.1, solver=RK4(steps=4)), torch.full((2, 4), 300.0)
+    with torch.no_grad(), torch.autocast("cpu", half, enabled=autocast):
+        found = block.solve(z if autocast else z.to(half), running=[KineticRegularizer(), SteadyStateRegularizer()])
+    exact = (300**2 * (1 - math.exp(-0.2)) / 2, 600 * (1 - math.exp(-0.1)))
+    for integral, value in zip(found.running, exact, strict=True):
+        torch.testing.assert_close(integral, torch.full((2,), value), rtol=0.02, atol=0)
+
+
+def test_rest_after_the_end_time_is_asked_for_by_output_times() -> None:
+    """z' = -z until t = 1, 0 after: over [1, 2] the penalty is 0; a solve from t0 = 0 adds what was before."""
+    block = ODEBlock(lambda t, z: torch.where(t < 1, -z, 0 * z), solver=RK4(steps=50))
+    z = block(torch.ones(1, 2, dtype=F64))
+    assert block.solve(z, ts=[1.0, 2.0], running=[SteadyStateRegularizer()]).running[0] == 0
+    assert block.solve(z, t1=2.0, running=[SteadyStateRegularizer()]).running[0] > 0.3
 
 
 def test_a_running_field_without_the_field_it_runs_around_is_refused() -> None:

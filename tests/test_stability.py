@@ -15,7 +15,7 @@ import torch
 from hypothesis import given, settings, strategies as st
 from torch import Tensor
 
-from odelayers._solution import SolveError
+from odelayers._solution import SolveError, Status
 from odelayers.fields import MLP
 from odelayers.stability import check_stability, jacobian, lyapunov_exponents, spectrum
 from strategies import seeds, states
@@ -255,6 +255,26 @@ def test_exponents_do_not_depend_on_mates_or_shape() -> None:
     assert check_stability(lambda z: -2 * z, torch.ones(3)).verdict == ["contracting"] * 3
     square = lyapunov_exponents(lambda z: net(z.flatten(1)).view_as(z), z.view(3, 2, 2), t1=1.0, steps=20)
     torch.testing.assert_close(found, square, atol=1e-12, rtol=0)
+
+
+def test_exponents_of_a_solution_that_blows_up_say_so() -> None:
+    """z' = z^2 from 1 is infinite at t = 1: no fault of the initial state."""
+    with pytest.raises(SolveError, match=r"lyapunov_exponents: .*finite-time blow-up") as caught:
+        lyapunov_exponents(lambda z: z**2, torch.ones(2, 1), t1=3.0, steps=50)
+    assert caught.value.status is Status.BLOW_UP and caught.value.rows == (0, 1)
+    with pytest.raises(SolveError, match="the initial state") as caught:
+        lyapunov_exponents(lambda z: z / 0, torch.ones(2, 1), t1=3.0, steps=50)
+    assert caught.value.status is Status.NONFINITE
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-20, 1e20, 1e30])
+def test_a_report_does_not_depend_on_the_scale_of_time(scale: float) -> None:
+    """In float32 the squares of these speeds are out of range: the verdicts and norms are those at scale 1."""
+    A, z = torch.tensor([[-2.0, 1.0], [0.0, -1.0]]), torch.ones(3, 2)
+    report, known = (check_stability(lambda z, s=s: s * (z @ A.T), z) for s in (scale, 1.0))
+    assert report.verdict == known.verdict == ["contracting"] * 3
+    for name in ("residual", "rounding", "abscissa", "log_norm_2"):
+        torch.testing.assert_close(getattr(report, name) / scale, getattr(known, name), rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("wrong", [{"t1": 0.0}, {"t1": -1.0}, {"t1": math.inf}, {"t1": 1.0, "steps": 0}])

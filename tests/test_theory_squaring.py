@@ -10,7 +10,7 @@ import torch
 from hypothesis import example, given, settings, strategies as st
 from torch import Tensor
 
-from odelayers import jacobian, log_norm, spectral_abscissa
+from odelayers import GradientError, jacobian, log_norm, spectral_abscissa
 from odelayers._squaring import bounds_by_squaring
 from strategies import Bounded, bounded_fields, orthogonal, random, seeds, states
 
@@ -166,11 +166,23 @@ def test_squaring_takes_what_eigenvalues_take() -> None:
         spectral_abscissa(torch.tensor([[[1.0]], [[math.nan]]]), method="squaring")
 
 
-def test_the_bound_s_gradient_is_the_abscissa_s() -> None:
-    """d abscissa / dA = the projector on the rightmost mode, transposed; by both methods."""
-    A = random(3, 4, 4, seed=1).requires_grad_()
-    by = [torch.autograd.grad(spectral_abscissa(A, method=m).sum(), A)[0] for m in ("squaring", "eig")]
-    torch.testing.assert_close(by[0], by[1], rtol=0, atol=1e-5)
+def test_the_bound_s_slope_is_not_the_abscissa_s_and_is_refused() -> None:
+    """Of a complex pair log |e^(tA)| / t turns with the phase: its differences in A stay away from the abscissa's,
+    1/2 on the diagonal and 0 beside it, as t grows. So the bound has a value and no gradient; the eigenvalues have."""
+    A = torch.tensor([[-1.0, 4.0], [-1.0, -1.0]], dtype=F64)
+    change = torch.tensor([[0.0, 0.0], [1.0, 0.0]], dtype=F64)
+    slopes = []
+    for k in (12, 16, 20):
+        step = 1e-3 / 2**k * change  # short beside a turn, which takes 2 pi / t
+        up, down = (bounds_by_squaring(A + sign * step, k).upper.item() for sign in (1, -1))
+        slopes.append((up - down) / (2e-3 / 2**k))
+    assert max(map(abs, slopes)) > 0.1
+    A.requires_grad_()
+    torch.testing.assert_close(torch.autograd.grad(spectral_abscissa(A), A)[0], torch.eye(2, dtype=F64) / 2)
+    bound = spectral_abscissa(A, method="squaring")
+    assert abs(bound.item() + 1) < 1e-5
+    with pytest.raises(GradientError, match='method="squaring".*use method="eig"'):
+        bound.backward()
 
 
 @pytest.mark.cuda
