@@ -142,12 +142,6 @@ class Block(nn.Module):
             SolveError: if rows fail and on_failure is "raise".
             TypeError, ValueError: on a state, time, context or field that does not fit.
         """
-        if running and torch.is_inference_mode_enabled():
-            # What runs along a solve may differentiate the field, and autograd records nothing in inference mode.
-            with torch.inference_mode(False), torch.no_grad():
-                given = {"z": z, "ts": ts, "t1": t1, "context": context, "noise": noise}
-                given = tree_map_only(Tensor, recordable, given)
-                return self.solve(**given, generator=generator, running=running, on_failure=on_failure)
         where = self._where
         chosen = self.on_failure if on_failure is None else on_failure
         isolate = _checks.one_of(chosen, f"{where}: on_failure", ON_FAILURE) == "isolate"
@@ -157,6 +151,12 @@ class Block(nn.Module):
         half = z.dtype if z.dtype in _checks.half_precision else None
         if isinstance(running, str) or not isinstance(running, Sequence):
             raise TypeError(f"{where}: running: expected a list of regularisers, got {type(running).__name__}")
+        if torch.is_inference_mode_enabled() and any(getattr(r, "needs_jacobian", False) for r in running):
+            # They differentiate the field, and autograd records nothing in inference mode.
+            with torch.inference_mode(False), torch.no_grad():
+                given = {"z": z, "ts": ts, "t1": t1, "context": context, "noise": noise}
+                given = tree_map_only(Tensor, recordable, given)
+                return Block.solve(self, **given, generator=generator, running=running, on_failure=on_failure)
         if running and not self._accumulates:
             raise ValueError(f"{where}: running: regularisers accumulate along ODE solves; use an ODEBlock")
         if running and isinstance(self.gradient, Implicit):

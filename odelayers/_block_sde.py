@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -58,9 +59,9 @@ class NoisyBlock(Block):
             raise ValueError(
                 f"{self._where}: noise: {self.solver!r} draws its own path; give increments to an own solver"
             )
-        if not given.is_floating_point():
-            raise TypeError(f"{self._where}: noise: expected floating-point increments, got {given.dtype}")
-        if self.noise == "scalar" and tuple(given.shape) == (n, len(z0)):
+        if given.is_complex():
+            raise TypeError(f"{self._where}: noise: expected real increments, got {given.dtype}")
+        if tuple(given.shape) == (n, len(z0)) and math.prod(shape[1:]) == 1:
             given = given.reshape(n, *shape)
         if tuple(given.shape) != (n, *shape):
             raise ValueError(

@@ -63,7 +63,7 @@ def ambient(device: torch.device) -> torch.dtype | None:
 
 def recordable(x: Tensor) -> Tensor:
     """The same values as autograd can record, outside of inference mode: of a tensor made inside of it a copy."""
-    return x.clone() if x.is_inference() else x
+    return x.clone() if not torch.compiler.is_compiling() and x.is_inference() else x
 
 
 def _counting(z: Tensor) -> Tensor:

@@ -115,8 +115,9 @@ def spectral_abscissa(J: Tensor, method: str = "eig", *, squarings: int | None =
         TypeError: J is not a floating-point or complex tensor, or `squarings` no int.
         ValueError: J is not square or not finite (rows named), `method` is unknown, or `squarings` outside 1 to 24 or
             given for `"eig"`.
-        GradientError: from the backward pass of `"squaring"`. The bound turns with the phase of a complex pair: near as
-            it is to the abscissa, its slope in J is another, by any factor, however often is squared.
+        GradientError: from a backward pass, or in forward mode, of `"squaring"`. The bound turns with the phase of a
+            complex pair: near as it is to the abscissa, its slope in J is another, by any factor, however often is
+            squared.
 
     Source: e^{t abscissa} <= |e^{tJ}| for t > 0, in every submultiplicative norm; e^{2tJ} is the square of e^{tJ}.
 
@@ -127,7 +128,8 @@ def spectral_abscissa(J: Tensor, method: str = "eig", *, squarings: int | None =
     if one_of(method, "spectral_abscissa: method", _METHODS) == "squaring":
         k = number_of_squarings(squarings, "spectral_abscissa")
         matrices = finite_square(J, "spectral_abscissa")
-        upper: Tensor = _Bound.apply(matrices, bounds_by_squaring(matrices.detach(), k).upper)  # type: ignore[no-untyped-call]
+        bound = bounds_by_squaring(matrices.detach(), k).upper
+        upper: Tensor = _Bound.apply(matrices, bound)  # type: ignore[no-untyped-call]
         return upper
     if squarings is not None:
         raise ValueError(f'spectral_abscissa: squarings={squarings!r} is for method="squaring", got method="eig"')
@@ -146,11 +148,13 @@ class _Bound(torch.autograd.Function):
         pass
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[None, None]:
+    def backward(ctx: Any, *slopes: Tensor) -> None:
         raise GradientError(
             'spectral_abscissa: method="squaring" gives a bound whose slope is not that of the abscissa: of a complex '
             'pair it is wrong by any factor; use method="eig" for a gradient, or pass J.detach()'
         )
+
+    jvp = backward  # forward mode asks for the same slope
 
 
 def eigenvalues(J: Tensor, where: str) -> Tensor:

@@ -9,6 +9,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from odelayers._checks import at_least_float32
+from odelayers._evaluator import ambient
 from odelayers._field import Field, as_rows
 
 __all__ = ["RunningField", "RunningRegularizer"]
@@ -80,8 +82,9 @@ class RunningField(Field):
         with torch.set_grad_enabled(recording or jacobian):
             dz = field(t, z)
             rates = [r.rate(t, z, dz, probe) for r in self.regularizers]
-            # Of the state's precision: the rates of a field in half precision may be beyond its range.
-            out = torch.cat([as_rows(dz).to(y.dtype), torch.stack(rates, dim=1).to(y.dtype)], dim=1)
+            # Under autocast rates may leave the range of what the field returns; any other dtype is its own.
+            flat = as_rows(dz) if ambient(z.device) is None else at_least_float32(as_rows(dz))
+            out = torch.cat([flat, torch.stack(rates, dim=1).to(flat.dtype)], dim=1)
         return out if recording else out.detach()
 
     def _parts(self) -> tuple[Field, Tensor]:

@@ -32,7 +32,7 @@ def bounds_by_squaring(J: Tensor, squarings: int) -> Bounds:
     wide, n = torch.complex128 if J.is_complex() else torch.float64, J.shape[-1]
     scale = power_of_two(J)
     X = (J / scale).to(wide)
-    size = torch.linalg.matrix_norm(X.detach(), keepdim=True)
+    size = torch.linalg.matrix_norm(X, keepdim=True)
     X = X / size.clamp(min=1.0)  # below 1 only for J = 0
     identity = torch.eye(n, dtype=wide, device=J.device)
     power = identity.expand_as(X)

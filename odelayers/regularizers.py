@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -14,7 +15,7 @@ from torch.nn import functional as F
 from odelayers._accumulated import JacobianRegularizer, KineticRegularizer, SteadyStateRegularizer
 from odelayers._checks import at_least_float32, finite_number, one_of, points, positive_int, positive_number
 from odelayers._evaluator import Evaluator, recordable
-from odelayers._field import Field, as_rows
+from odelayers._field import Field, as_rows, training_batchnorm
 from odelayers._jacobian import jacobian, refuse_batch_statistics
 from odelayers._linalg import check_rows_finite, gershgorin
 from odelayers._linearize import linearization
@@ -196,7 +197,8 @@ class LyaNetRegularizer:
 
         Raises:
             TypeError: z is not a floating-point tensor.
-            ValueError: z is empty, f returns another shape than z's, or f contains a BatchNorm with batch statistics.
+            ValueError: z is empty, f returns another shape than z's, or f or the head contains a BatchNorm with batch
+                statistics.
 
         >>> z, y = torch.zeros(1, 2), torch.tensor([0])
         >>> round(LyaNetRegularizer(kappa=2.0)(lambda z: -z, z, y, lambda z: z).item(), 4)
@@ -204,8 +206,14 @@ class LyaNetRegularizer:
         """
         field, z = Field.of(f), points(z, "LyaNetRegularizer")
         refuse_batch_statistics(field, "LyaNetRegularizer")
+        if norm := training_batchnorm(head):
+            raise ValueError(
+                f"LyaNetRegularizer: head contains {norm} with batch statistics, through which its rows interact; call "
+                f".eval() on the head first"
+            )
         further = torch.is_grad_enabled()
-        with torch.inference_mode(False), torch.enable_grad():
+        recording = torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext()
+        with recording, torch.enable_grad():
             # A view of its own: hooks on z see the gradients of the caller's graph, not the one that is taken here.
             x = z.view_as(z) if further and z.requires_grad else recordable(z).detach().requires_grad_()
             potential = F.cross_entropy(head(x), recordable(y), reduction="none")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 import torch
@@ -160,7 +161,7 @@ def check_stability(
         margin: how far from 0 a quantity must lie to have a sign, beyond rounding; >= 0, in units of 1/time.
 
     Raises:
-        TypeError, ValueError: as `jacobian`; `t` is no number; `margin` is negative or not finite.
+        TypeError, ValueError: as `jacobian`; `t` is not one number; `margin` is negative or not finite.
 
     Source: Shariatian, "Can neural ODEs offer free robustness?", theorems 3 (linear stability) and 4 (Gershgorin), the
     latter corrected: it is the real part of J_ii that must lie below -R_i.
@@ -170,8 +171,9 @@ def check_stability(
     """
     if finite_number(margin, "check_stability: margin") < 0:
         raise ValueError(f"check_stability: margin: expected a number >= 0, got {margin}")
-    at = t.item() if isinstance(t, Tensor) and t.ndim == 0 else t
-    finite_number(at, "check_stability: t")
+    at = t.item() if isinstance(t, Tensor) and t.numel() == 1 else t
+    if not isinstance(at, Real):
+        raise TypeError(f"check_stability: t: expected a number or a tensor of one, got {t!r}")
     field = Field.of(f)
     velocity, J = value_and_jacobian(field, z, t)
     diagonal, rows = gershgorin(J, "row")

@@ -68,13 +68,16 @@ def test_a_callable_without_a_signature_is_asked_for_its_time() -> None:
         (lambda: MLP(2, activation=nn.Tanh()), r"MLP: activation: expected a class such as nn.Tanh, got Tanh\(\)"),
         (lambda: MLP(2, hidden=16), r"MLP: hidden: expected a sequence of widths such as \(64,\), got 16"),
         (lambda: LyapunovRegularizer()(MLP(2), ONES, generator=0), "generator: expected a torch.Generator or None"),
-        (lambda: check_stability(torch.sin, ONES, t="a"), "check_stability: t: expected a number, got 'a'"),
+        (
+            lambda: check_stability(torch.sin, ONES, t="a"),
+            "check_stability: t: expected a number or a tensor of one, got 'a'",
+        ),
         (lambda: count_nfe(3).__enter__(), "count_nfe: expected a module that holds a block, got int"),
         (
             lambda: SDEBlock(TanhNet(), TanhNet()).solve(
                 ONES, noise=torch.zeros(20, *ONES.shape, dtype=torch.complex64)
             ),
-            "noise: expected floating-point increments, got torch.complex64",
+            "noise: expected real increments, got torch.complex64",
         ),
     ],
 )

@@ -71,3 +71,11 @@ def test_batch_statistics_are_refused_before_they_move(penalty) -> None:
         penalty(f, z, y)
     assert norm.num_batches_tracked == 0
     assert penalty(f.eval(), z, y).isfinite()
+
+
+def test_batch_statistics_in_the_head_are_refused_too() -> None:
+    """Through them the potential of a row depends on its mates."""
+    norm = nn.BatchNorm1d(2)
+    with pytest.raises(ValueError, match="LyaNetRegularizer: head contains BatchNorm1d with batch statistics"):
+        LyaNetRegularizer()(lambda z: -z, torch.ones(2, 2), torch.tensor([0, 1]), nn.Sequential(norm, nn.Linear(2, 2)))
+    assert norm.num_batches_tracked == 0

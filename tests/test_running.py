@@ -182,6 +182,32 @@ def test_integrals_of_a_field_in_half_precision_are_in_float32(half: torch.dtype
         torch.testing.assert_close(integral, torch.full((2,), value), rtol=0.02, atol=0)
 
 
+class Doubled(ODEBlock):
+    """A block of a user's own: it starts from 2z."""
+
+    def solve(self, z: Tensor, *, running: Any = ()) -> Any:
+        return super().solve(2 * z, running=running)
+
+
+@pytest.mark.parametrize("regularizer", [JacobianRegularizer(), KineticRegularizer()], ids=name)
+def test_a_block_of_a_user_s_own_is_entered_once_in_inference_mode(regularizer: Any) -> None:
+    """Its own `solve` doubles the state once, as under no_grad, and takes no argument that it does not know."""
+    block, found = Doubled(Decay(1.0), solver=RK4(steps=4)), []
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            found.append(block.solve(torch.ones(2, 1, dtype=F64), running=[regularizer]).final)
+    assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.complex64])
+def test_a_field_of_another_dtype_is_refused_beside_integrals_too(dtype: torch.dtype) -> None:
+    """The same words as without them: nothing is cast in silence."""
+    block = ODEBlock(lambda z: -z.to(dtype), solver=RK4(steps=4))
+    for running in ([], [KineticRegularizer()]):
+        with pytest.raises(TypeError, match="expected dz/dt in the state's torch.float32, got"):
+            block.solve(torch.ones(2, 2), running=running)
+
+
 def test_rest_after_the_end_time_is_asked_for_by_output_times() -> None:
     """z' = -z until t = 1, 0 after: over [1, 2] the penalty is 0; a solve from t0 = 0 adds what was before."""
     block = ODEBlock(lambda t, z: torch.where(t < 1, -z, 0 * z), solver=RK4(steps=50))

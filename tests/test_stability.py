@@ -267,6 +267,13 @@ def test_exponents_of_a_solution_that_blows_up_say_so() -> None:
     assert caught.value.status is Status.NONFINITE
 
 
+@pytest.mark.parametrize("t", [2, 2.0, np.float32(2.0), torch.tensor(2.0), torch.tensor([2.0])], ids=repr)
+def test_the_time_of_a_report_is_one_number(t: object) -> None:
+    """Of whatever kind; f = -tz has the abscissa -t."""
+    report = check_stability(lambda t, z: -t * z, torch.ones(3, 2), t)
+    assert report.t == 2.0 and report.abscissa.tolist() == [-2.0] * 3
+
+
 @pytest.mark.parametrize("scale", [1e-30, 1e-20, 1e20, 1e30])
 def test_a_report_does_not_depend_on_the_scale_of_time(scale: float) -> None:
     """In float32 the squares of these speeds are out of range: the verdicts and norms are those at scale 1."""

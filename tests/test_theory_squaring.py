@@ -183,6 +183,8 @@ def test_the_bound_s_slope_is_not_the_abscissa_s_and_is_refused() -> None:
     assert abs(bound.item() + 1) < 1e-5
     with pytest.raises(GradientError, match='method="squaring".*use method="eig"'):
         bound.backward()
+    with pytest.raises(GradientError, match='method="squaring"'):
+        torch.func.jvp(lambda A: spectral_abscissa(A, method="squaring"), (A.detach(),), (change,))
 
 
 @pytest.mark.cuda

@@ -18,7 +18,7 @@ from safetensors.torch import save_model
 
 import odelayers
 
-__all__ = ["NotRecorded", "Record", "Records", "fingerprint", "read", "save_weights", "write"]
+__all__ = ["NotRecorded", "Record", "Records", "fingerprint", "now", "read", "save_weights", "write"]
 
 FORMAT = 1  # raise it when a stage's result changes its meaning: older records are then computed again
 
@@ -88,7 +88,7 @@ class Records:
         seconds = time.perf_counter() - started
         record = Record(
             stage=name, key=key, config=config, result=result, seconds=round(seconds, 3),
-            finished=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), **provenance(),
+            finished=now(), **provenance(),
         )  # fmt: skip
         if self.writes:
             if save is not None:
@@ -129,6 +129,11 @@ def _plain(value: Any) -> Any:
     if is_dataclass(value) and not isinstance(value, type):
         return asdict(value)
     raise TypeError(f"records: expected JSON values and dataclasses, got {type(value).__name__}: {value!r}")
+
+
+def now() -> str:
+    """The time in UTC, to a second; later times sort later."""
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
 
 
 def read(path: Path) -> Record:

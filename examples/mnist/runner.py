@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from .cells import Cell, needs, plan, with_needs
 from .presets import Preset
-from .records import NotRecorded, Record, write
+from .records import NotRecorded, Record, now, write
 from .study import Study
 
 __all__ = ["run"]
@@ -96,14 +96,15 @@ def run(
         raise ValueError(f"models: expected names of {', '.join(known)}, got {', '.join(sorted(strange))}")
     out.mkdir(parents=True, exist_ok=True)
     ledger, started = _Ledger(preset, about, out, models), time.monotonic()
+    began, fresh = now(), 0
     left = lambda: minutes is None or time.monotonic() - started < 60 * minutes  # noqa: E731
     way = _ranks if dist.is_initialized() else _alone if jobs == 1 else _together
     for done, (cell, record) in enumerate(way(make, ledger, jobs, left), 1):
         ledger.note(cell, record)
         ledger.write()
-        gone, total = (time.monotonic() - started) / 60, len(ledger.cells)
-        rest = gone / done * (total - done)  # as if all cells were alike
-        say(f"[{done}/{total}, {gone:.1f} min, {rest:.0f} left] {cell.name}: {record['seconds']:.1f} s")
+        gone, fresh = (time.monotonic() - started) / 60, fresh + (record["finished"] >= began)
+        left_over = _left_over(ledger, gone, fresh)
+        say(f"[{done}/{len(ledger.cells)}, {gone:.1f} min{left_over}] {cell.name}: {record['seconds']:.1f} s")
     _find_others(make, ledger)
     missing = [cell for cell in ledger.cells if cell not in ledger.files]
     for cell in missing:
@@ -113,6 +114,14 @@ def run(
         say(f"{over} cells were not begun within {minutes:g} minutes; run again to go on")
     ledger.write()
     return out / "run.json"
+
+
+def _left_over(ledger: _Ledger, gone: float, fresh: int) -> str:
+    """The minutes still to come, were all cells like those that were computed; of several ranks none knows."""
+    if not fresh or dist.is_initialized():
+        return ""
+    waiting = sum(cell not in ledger.files and ledger.reason(cell) is None for cell in ledger.cells)
+    return f", {gone / fresh * waiting:.0f} left"
 
 
 def _find_others(make: Make, ledger: _Ledger) -> None:

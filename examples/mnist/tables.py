@@ -185,9 +185,8 @@ def _shared(records: Sequence[Record]) -> int | None:
     sizes: dict[str, int] = {}
     for record in records:
         group = record["config"]["group"]["name"]
-        sizes[group] = max(
-            sizes.get(group, 0), *(len(packed["counts"]) for packed in record.result["attacks"].values())
-        )
+        found = [len(packed["counts"]) for packed in record.result["attacks"].values()]
+        sizes[group] = max([sizes.get(group, 0), *found])
     n = min((n for group, n in sizes.items() if group != BLACK_BOX), default=0)
     return n if 0 < n < max(sizes.values()) else None
 
@@ -266,9 +265,9 @@ def heads_table(results: Results) -> Table | None:
     same = [n for n in same if models[n]["regularised"]]
     if len(same) < 2:
         return None
-    rows, sizes, threats = [], Sizes(), results.named("threat")
+    rows, sizes, threats, primary = [], Sizes(), results.named("threat"), results.primary[2]
     for name in same:
-        clean = [results.clean(name, seed) for seed in results.shown(results.primary[2], name) or results.seeds(name)]
+        clean = [results.clean(name, seed) for seed in (results.shown(primary, name) or results.seeds(name))[:1]]
         under = [
             sizes.score(t, [results.worst(t, name, seed=seed) for seed in results.shown(t, name)]) for t in threats
         ]
