@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_map_only
 
 from odelayers import _checks
 from odelayers._driver import Driver, Uniform
-from odelayers._evaluator import recordable
+from odelayers._evaluator import inferring, recordable
 from odelayers._field import Field, takes_time
 from odelayers._gradients import Backprop, Gradient, Implicit
 from odelayers._running import RunningField, RunningRegularizer
@@ -151,7 +151,7 @@ class Block(nn.Module):
         half = z.dtype if z.dtype in _checks.half_precision else None
         if isinstance(running, str) or not isinstance(running, Sequence):
             raise TypeError(f"{where}: running: expected a list of regularisers, got {type(running).__name__}")
-        if torch.is_inference_mode_enabled() and any(getattr(r, "needs_jacobian", False) for r in running):
+        if inferring() and any(getattr(r, "needs_jacobian", False) for r in running):
             # They differentiate the field, and autograd records nothing in inference mode.
             with torch.inference_mode(False), torch.no_grad():
                 given = {"z": z, "ts": ts, "t1": t1, "context": context, "noise": noise}

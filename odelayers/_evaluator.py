@@ -13,7 +13,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from odelayers._field import Field, tensors
 
-__all__ = ["Evaluator", "OnCall", "ambient", "dual", "readable", "recordable", "traced", "transformed", "vmapped"]
+__all__ = [
+    "Evaluator",
+    "OnCall",
+    "ambient",
+    "dual",
+    "inferring",
+    "readable",
+    "recordable",
+    "traced",
+    "transformed",
+    "vmapped",
+]
 
 OnCall = Callable[[], None]
 Inspect = Callable[[Tensor, Tensor | float, Tensor], None]
@@ -59,6 +70,11 @@ def vmapped(z: Tensor) -> bool:
 def ambient(device: torch.device) -> torch.dtype | None:
     """The dtype of the autocast that the caller is in; None outside of one."""
     return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
+
+
+def inferring() -> bool:
+    """Whether inference mode is on, in which autograd records nothing; torch.compile cannot be asked."""
+    return not torch.compiler.is_compiling() and torch.is_inference_mode_enabled()
 
 
 def recordable(x: Tensor) -> Tensor:

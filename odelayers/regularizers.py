@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from odelayers._accumulated import JacobianRegularizer, KineticRegularizer, SteadyStateRegularizer
 from odelayers._checks import at_least_float32, finite_number, one_of, points, positive_int, positive_number
-from odelayers._evaluator import Evaluator, recordable
+from odelayers._evaluator import Evaluator, inferring, recordable
 from odelayers._field import Field, as_rows, training_batchnorm
 from odelayers._jacobian import jacobian, refuse_batch_statistics
 from odelayers._linalg import check_rows_finite, gershgorin
@@ -212,7 +212,7 @@ class LyaNetRegularizer:
                 f".eval() on the head first"
             )
         further = torch.is_grad_enabled()
-        recording = torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext()
+        recording = torch.inference_mode(False) if inferring() else nullcontext()
         with recording, torch.enable_grad():
             # A view of its own: hooks on z see the gradients of the caller's graph, not the one that is taken here.
             x = z.view_as(z) if further and z.requires_grad else recordable(z).detach().requires_grad_()
