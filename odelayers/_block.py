@@ -146,8 +146,7 @@ class Block(nn.Module):
         chosen = self.on_failure if on_failure is None else on_failure
         isolate = _checks.one_of(chosen, f"{where}: on_failure", ON_FAILURE) == "isolate"
         z = _checks.state(z, where)
-        if generator is not None and not isinstance(generator, torch.Generator):
-            raise TypeError(f"{where}: generator: expected a torch.Generator, got {type(generator).__name__}")
+        _checks.generator(generator, f"{where}: generator")
         half = z.dtype if z.dtype in _checks.half_precision else None
         if isinstance(running, str) or not isinstance(running, Sequence):
             raise TypeError(f"{where}: running: expected a list of regularisers, got {type(running).__name__}")

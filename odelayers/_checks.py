@@ -12,6 +12,7 @@ __all__ = [
     "at_least_float32",
     "boolean",
     "finite_number",
+    "generator",
     "half_precision",
     "one_of",
     "points",
@@ -68,6 +69,13 @@ def one_of(value: Any, name: str, allowed: tuple[str, ...]) -> str:
     if value not in allowed:
         raise ValueError(f"{name}: expected one of {', '.join(map(repr, allowed))}, got {value!r}")
     return str(value)
+
+
+def generator(value: Any, name: str) -> torch.Generator | None:
+    """Return `value` if it is a generator, or None for torch's global one."""
+    if value is not None and not isinstance(value, torch.Generator):
+        raise TypeError(f"{name}: expected a torch.Generator, got {type(value).__name__}")
+    return value
 
 
 def at_least_float32(x: Tensor) -> Tensor:

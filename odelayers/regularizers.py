@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from odelayers import _checks
 from odelayers._accumulated import JacobianRegularizer, KineticRegularizer, SteadyStateRegularizer
 from odelayers._checks import at_least_float32, finite_number, one_of, points, positive_int, positive_number
 from odelayers._evaluator import Evaluator, inferring, recordable
@@ -141,10 +142,7 @@ class LyapunovRegularizer:
             ValueError: z is empty, and what `jacobian` raises.
         """
         field, z = Field.of(f), points(z, "LyapunovRegularizer")
-        if generator is not None and not isinstance(generator, torch.Generator):
-            raise TypeError(
-                f"LyapunovRegularizer: generator: expected a torch.Generator or None, got {type(generator).__name__}"
-            )
+        _checks.generator(generator, "LyapunovRegularizer: generator")
         refuse_batch_statistics(field, "LyapunovRegularizer")  # before its statistics move
         check_rows_finite(z, "LyapunovRegularizer: z")
         velocity = at_least_float32(Evaluator(field, len(z))(t, z))

@@ -67,7 +67,10 @@ def test_a_callable_without_a_signature_is_asked_for_its_time() -> None:
         (lambda: ODEBlock(TanhNet(), compile=0), "ODEBlock: compile: expected True or False, got 0"),
         (lambda: MLP(2, activation=nn.Tanh()), r"MLP: activation: expected a class such as nn.Tanh, got Tanh\(\)"),
         (lambda: MLP(2, hidden=16), r"MLP: hidden: expected a sequence of widths such as \(64,\), got 16"),
-        (lambda: LyapunovRegularizer()(MLP(2), ONES, generator=0), "generator: expected a torch.Generator or None"),
+        (
+            lambda: LyapunovRegularizer()(MLP(2), ONES, generator=0),
+            "LyapunovRegularizer: generator: expected a torch.Generator, got int",
+        ),
         (
             lambda: check_stability(torch.sin, ONES, t="a"),
             "check_stability: t: expected a number or a tensor of one, got 'a'",

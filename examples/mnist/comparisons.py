@@ -11,7 +11,7 @@ from scipy.stats import t as student
 from .results import NOT_PLANNED, SIGNIFICANT, Results, mean
 from .scores import Scores, holm, mcnemar
 
-__all__ = ["RULE", "Comparison", "Pair", "compare", "family", "t_interval"]
+__all__ = ["RULE", "Comparison", "Pair", "compare", "family", "span", "t_interval"]
 
 RULE = (
     f"A difference is claimed only when the paired McNemar test is significant at {SIGNIFICANT:.0%} (Holm-corrected, "
@@ -99,6 +99,11 @@ def t_interval(values: list[float]) -> tuple[float, float] | None:
         return None
     half = float(student.ppf(0.975, len(values) - 1)) * stdev(values) / sqrt(len(values))
     return mean(values) - half, mean(values) + half
+
+
+def span(interval: tuple[float, float]) -> str:
+    """An interval of a difference, in points."""
+    return f"[{100 * interval[0]:+z.1f}, {100 * interval[1]:+z.1f}]"
 
 
 def compare(results: Results, first: str, second: str, threat: str | None) -> Comparison:

@@ -45,6 +45,7 @@ def judge(model: Victim, data: Split, draws: int, noise: torch.Generator) -> Sco
     return Scores(number, *(tuple(x.tolist()) for x in (counts, majority, chosen)))
 
 
+@torch.no_grad()
 def clean_cell(model: Victim, data: Split, draws: int, seed: int) -> dict[str, Any]:
     """Accuracy without an attack; cost of a solve: NFE and milliseconds for 128 images; what is certified, if it is."""
     noise = torch.Generator(data.images.device).manual_seed(seed)

@@ -82,7 +82,8 @@ def picture(results: Results, path: Path, ground: Ground, rows: int, columns: in
             note = "; ".join([results.data, *results.warnings])
             figure.text(0.995, 0.003, note, fontsize=8, color=ground.faint, ha="right", va="bottom")
             figure.get_layout_engine().set(rect=(0, 0.17 / size[1], 1, 1 - 0.17 / size[1]))
-            figure.savefig(drawn := BytesIO(), format="png", dpi=160)  # a palette takes a third of the size
+            figure.savefig(drawn := BytesIO(), format="png", dpi=130)  # pages show at most 900 pixels of width
+            # A palette takes a third of the size; with fewer colours than 256 the grids are tinted.
             Image.open(drawn).convert("RGB").quantize(method=Image.Quantize.MAXCOVERAGE).save(path, optimize=True)
         finally:
             plt.close(figure)
@@ -176,11 +177,10 @@ def _lines(
         for panel, (what, lines) in zip(panels, found.items(), strict=True):
             for name, points in lines.items():
                 i = names.index(name)
-                at, shares = [x for x, _ in points], [scores.mean for _, scores in points]
-                ends = [wilson(scores.mean, len(scores)) for _, scores in points]
-                error = [[100 * (share - low) for share, (low, _) in zip(shares, ends, strict=True)],
-                         [100 * (high - share) for share, (_, high) in zip(shares, ends, strict=True)]]  # fmt: skip
-                panel.errorbar(at, [100 * share for share in shares], yerr=error, color=COLOURS[i % 7],
+                share = np.array([scores.mean for _, scores in points])
+                low, high = np.array([wilson(scores.mean, len(scores)) for _, scores in points]).T
+                error = 100 * np.stack([share - low, high - share])
+                panel.errorbar([x for x, _ in points], 100 * share, yerr=error, color=COLOURS[i % 7],
                                linestyle=DASHES[i // 7 % 3], marker=MARKERS[i % 7], markersize=4.5, linewidth=1.6,
                                elinewidth=0.8, label=results.called(name))  # fmt: skip
             panel.set_xlabel(label.format(what))

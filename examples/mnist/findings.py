@@ -5,7 +5,7 @@ from __future__ import annotations
 from scipy.stats import wasserstein_distance
 
 from .audits import fields
-from .comparisons import RULE, Comparison, t_interval
+from .comparisons import RULE, Comparison, span, t_interval
 from .curves import curves, plateaus
 from .figures import ancestors, seconds
 from .results import SIGNIFICANT, WHITE_BOX, Results, mean
@@ -32,7 +32,7 @@ def answer(results: Results, found: Comparison) -> str:
     warned = "".join(f" (*{text}*)" for text in results.warnings)
     over = ""
     if interval := found.interval:
-        over = f", 95 % t interval over {k} seeds [{100 * interval[0]:+z.1f}, {100 * interval[1]:+z.1f}]"
+        over = f", 95 % t interval over {k} seeds {span(interval)}"
     p = f"McNemar p = {found.p:.2g}" + (f" (smallest of {k} seeds, Holm-corrected)" if k > 1 else ", from one seed")
     return f"{asked} **{short}**{warned}{because} The difference is {points}{over}; {p}.{_voted(found)} {RULE}"
 
@@ -42,7 +42,7 @@ def _voted(found: Comparison) -> str:
     if not (each := found.by_vote):
         return ""
     interval = t_interval(each)
-    over = f" [{100 * interval[0]:+z.1f}, {100 * interval[1]:+z.1f}]" if interval else ""
+    over = f" {span(interval)}" if interval else ""
     return f" Judged by the most frequent answer over the draws it is {100 * mean(each):+z.1f} points{over}."
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from .comparisons import Comparison, family
+from .comparisons import Comparison, family, span
 from .document import Cell, Table
 from .records import Record
 from .results import BLACK_BOX, NOT_PLANNED, WHITE_BOX, Results, mean
@@ -113,7 +113,7 @@ def family_table(results: Results) -> Table:
 
 def _interval(found: tuple[float, float] | None) -> Cell:
     """A t interval in points, which sorts by its lower end."""
-    return Cell(f"[{100 * found[0]:+z.1f}, {100 * found[1]:+z.1f}]", value=found[0]) if found else Cell("one seed")
+    return Cell(span(found), value=found[0]) if found else Cell("one seed")
 
 
 def paper_table(results: Results) -> Table:
