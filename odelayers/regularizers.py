@@ -145,14 +145,15 @@ class LyapunovRegularizer:
         _checks.generator(generator, "LyapunovRegularizer: generator")
         refuse_batch_statistics(field, "LyapunovRegularizer")  # before its statistics move
         check_rows_finite(z, "LyapunovRegularizer: z")
-        velocity = at_least_float32(Evaluator(field, len(z))(t, z))
-        check_rows_finite(velocity, f"LyapunovRegularizer: field {field.name}: f(z)")
         some, chosen = field, z
         if self.samples is not None and self.samples < len(z):
             device = z.device if generator is None else generator.device
             rows = torch.randperm(len(z), generator=generator, device=device)[: self.samples].to(z.device)
             some, chosen = field.take(rows, len(z)), z[rows]
         centres, radii = _discs(some, chosen, t, self.axis)
+        # After the discs: the order of the graph decides the last digits of a gradient, and they what is trained.
+        velocity = at_least_float32(Evaluator(field, len(z))(t, z))
+        check_rows_finite(velocity, f"LyapunovRegularizer: field {field.name}: f(z)")
         return LyapunovTerms(
             field=(self.field_scale * velocity).square().mean(),
             diagonal=_tame_exp(self.diagonal_scale * (centres + self.diagonal_margin)).mean(),
@@ -224,7 +225,8 @@ class LyaNetRegularizer:
 def _discs(field: Field, z: Tensor, t: Tensor | float, axis: str) -> tuple[Tensor, Tensor]:
     """The Gershgorin discs of the Jacobians, (B, D) each; without the Jacobians where they are one diag(s) W."""
     factors = linearization(field, z, t)
-    if factors is None or len(factors) > 1 or factors[0].slopes is None:
+    square = factors is not None and factors[0].matrix.shape[-2] == factors[0].matrix.shape[-1]
+    if factors is None or len(factors) > 1 or factors[0].slopes is None or not square:  # jacobian says what is wrong
         return gershgorin(at_least_float32(jacobian(field, z, t)), axis)
     slopes, matrix = at_least_float32(factors[0].slopes), at_least_float32(factors[0].matrix)
     for factor in (slopes, matrix):

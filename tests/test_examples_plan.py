@@ -12,7 +12,6 @@ import torch
 from examples.mnist import data as mnist_data, evaluation
 from examples.mnist.accuracy import states
 from examples.mnist.attacks import AutoAttack, Method, Threat
-from examples.mnist.cells import plan
 from examples.mnist.certified import CertifiedClassifier, Recipe
 from examples.mnist.models import Block, Classifier
 from examples.mnist.penalties import Constraints
@@ -89,7 +88,6 @@ def test_the_certified_model_is_a_row_of_the_study(digits, tmp_path):
     assert set(around["attacks"]) == {"PGD-3 margin through identity"}
     data = digits.first(128, 40, 40)
     study = Study(preset, digits, tmp_path, 0, CPU)
-    study.do_training(next(c for c in plan(preset) if (c.kind, c.model) == ("train", "M14")))
     model = study.load("M14", 0)
     proven = model.certified_radius(data.test.images[:8], data.test.labels[:8]) > 0.5
     for result in (white, around):

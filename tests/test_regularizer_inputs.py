@@ -29,12 +29,12 @@ def test_points_that_are_not_finite_are_named(name: str, wrong: float) -> None:
         LyapunovRegularizer()(LAYERS[name](), z)
 
 
-@pytest.mark.parametrize("parameter", ["weight", "bias"])
-def test_a_field_that_is_not_finite_is_named(parameter: str) -> None:
-    """An infinite weight or bias behind a ReLU leaves slopes finite, and the field not."""
+@pytest.mark.parametrize(("parameter", "what"), [("weight", "linearize"), ("bias", r"f\(z\)")])
+def test_a_field_that_is_not_finite_is_named(parameter: str, what: str) -> None:
+    """An infinite weight or bias behind a ReLU leaves slopes finite, and the Jacobian or the field not."""
     layer = nn.Linear(2, 2)
     getattr(layer, parameter).data.fill_(math.inf)
-    with pytest.raises(ValueError, match=r"LyapunovRegularizer: field Sequential: f\(z\): expected finite"):
+    with pytest.raises(ValueError, match=f"LyapunovRegularizer: field Sequential: {what}: expected finite"):
         LyapunovRegularizer()(nn.Sequential(layer, nn.ReLU()), torch.ones(3, 2))
 
 

@@ -130,7 +130,7 @@ class Study:
     def load(self, name: str, seed: int) -> Victim:
         """A trained model, for evaluation."""
         model = self.build(self.preset.model(name))
-        model.load_state_dict(self._weights(self.trained[name, seed]))
+        model.load_state_dict(self._weights(self.do_training(Cell("train", name, seed))))
         if isinstance(getattr(model.block, "gradient", None), Reversible):  # an attack may follow a wrong gradient
             model.block.gradient = Reversible(max_gap=1e30, max_drift=1e30)
         fold(model.eval())
