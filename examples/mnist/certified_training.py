@@ -16,6 +16,7 @@ from torch.nn.utils import parametrize
 
 from .certified import CertifiedClassifier, Recipe, evaluate, linear, margins
 from .data import Dataset
+from .parallel import Processes
 from .progress import bar
 
 __all__ = ["sealed", "train"]
@@ -47,6 +48,18 @@ def certified_loss(model: CertifiedClassifier, x: Tensor, labels: Tensor) -> Ten
     excess = margins(model(x), labels, model.distances()) / recipe.scale - recipe.offset
     exponents = pad(-recipe.temperature * excess, (0, 1))  # exp(-inf) = 0 for the class itself, and the 1
     return exponents.logsumexp(1).mean() / recipe.temperature
+
+
+class Objective(nn.Module):
+    """The certified loss as a module, whose gradients several processes can average."""
+
+    def __init__(self, model: CertifiedClassifier) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor, labels: Tensor) -> Tensor:
+        """`certified_loss` of the model."""
+        return certified_loss(self.model, x, labels)
 
 
 def shifted(images: Tensor, most: int, generator: torch.Generator) -> Tensor:
@@ -85,6 +98,8 @@ def sealed(model: CertifiedClassifier) -> CertifiedClassifier:
 def train(recipe: Recipe, data: Dataset, seed: int = 0) -> tuple[CertifiedClassifier, list[dict[str, Any]]]:
     """Train from fresh weights by Adam on a one-cycle schedule; returns the sealed model and one line per epoch.
 
+    Processes of torchrun share every batch.
+
     A line holds the epoch, its steps, their mean loss, and the clean and certified accuracy on the validation set.
 
     Raises:
@@ -93,7 +108,8 @@ def train(recipe: Recipe, data: Dataset, seed: int = 0) -> tuple[CertifiedClassi
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = constrained(CertifiedClassifier(recipe)).to(data.train.images.device)
-    draws = torch.Generator().manual_seed(seed)
+    processes, draws = Processes.now(), torch.Generator().manual_seed(seed)
+    objective = processes.wrap(Objective(model))
     optimiser = torch.optim.Adam(model.parameters(), lr=recipe.lr)
     steps = -(-len(data.train) // recipe.batch)
     total = recipe.epochs * steps + 1
@@ -105,8 +121,9 @@ def train(recipe: Recipe, data: Dataset, seed: int = 0) -> tuple[CertifiedClassi
         with bar(steps, f"M14: epoch {epoch}/{recipe.epochs}") as progress:
             for rows in order.split(recipe.batch):
                 images = shifted(data.train.images[rows], recipe.shift, draws)
+                images, labels = processes.share(images), processes.share(data.train.labels[rows])
                 with parametrize.cached():
-                    loss = certified_loss(model, images, data.train.labels[rows])
+                    loss = processes.weight(labels, rows) * objective(images, labels)
                 optimiser.zero_grad()
                 loss.backward()
                 optimiser.step()
@@ -114,5 +131,7 @@ def train(recipe: Recipe, data: Dataset, seed: int = 0) -> tuple[CertifiedClassi
                 losses += loss.detach()
                 progress.update()
         reached = evaluate(sealed(model), data.validation)
-        log.append({"epoch": epoch, "steps": steps, "loss": losses.item() / steps, "validation": reached})
+        log.append(
+            {"epoch": epoch, "steps": steps, "loss": processes.average(losses).item() / steps, "validation": reached}
+        )
     return sealed(model), log

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
+from torch.distributed.nn.functional import all_reduce  # which gradients pass, too
 from torch.nn.parallel import DistributedDataParallel
 
 __all__ = ["Processes", "joined"]
@@ -26,10 +27,9 @@ class Processes:
     share counts as much as its rows (`weight`), so that the average is the mean over the whole batch, up to rounding.
     What is drawn (noise, attacks' starts, rows at which Jacobians are taken) each process draws for its own rows.
 
-    Batch normalisation: on GPUs the layers are made `SyncBatchNorm`, whose statistics are the whole batch's. torch has
-    that for GPUs alone: on CPUs each process normalises by its own share, and the running statistics are the first
-    process's, for all of them at the end of every epoch; gradients then differ from one process's unless the layers are
-    in evaluation mode.
+    Batch normalisation takes the statistics of the whole batch: on GPUs the layers are made torch's `SyncBatchNorm`, on
+    CPUs, for which torch has none, `SharedBatchNorm2d`. Running statistics are the first process's, for all of them at
+    the end of every epoch.
     """
 
     rank: int = 0
@@ -68,9 +68,13 @@ class Processes:
         return flag if self.count == 1 else self.average(torch.tensor(float(flag), device=device)).item() > 0
 
     def prepare(self, model: nn.Module, device: torch.device) -> None:
-        """Make batch normalisation in `model` use the whole batch, in place, where torch can."""
+        """Make batch normalisation in `model` use the whole batch, in place."""
         if self.count > 1 and device.type == "cuda":
             nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        elif self.count > 1:
+            for layer in model.modules():
+                if type(layer) is nn.BatchNorm2d:
+                    layer.__class__ = SharedBatchNorm2d
 
     def agree(self, *modules: nn.Module) -> None:
         """Give the buffers of the first process to all, in place."""
@@ -89,6 +93,25 @@ class Processes:
     def wrap(self, module: nn.Module) -> nn.Module:
         """The module with gradients averaged over processes."""
         return DistributedDataParallel(module) if self.count > 1 else module
+
+
+class SharedBatchNorm2d(nn.BatchNorm2d):
+    """Batch normalisation that in training takes mean and variance over the rows of all processes."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise this process's rows (B, C, H, W); all processes must call it."""
+        if not self.training:
+            return super().forward(x)
+        n = all_reduce(x.new_tensor(float(x.numel() // x.shape[1])))
+        mean = all_reduce(x.sum((0, 2, 3))) / n
+        centred = x - mean[:, None, None]
+        variance = all_reduce(centred.square().sum((0, 2, 3))) / n
+        with torch.no_grad():
+            self.num_batches_tracked += 1
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(variance * n / (n - 1), self.momentum)
+        scale = self.weight * (variance + self.eps).rsqrt()
+        return centred * scale[:, None, None] + self.bias[:, None, None]
 
 
 @contextmanager

@@ -102,12 +102,14 @@ class Study:
             log = train(model, self.data, spec.phases, spec.regularised, seed, what, unfinished, audit)
         except Diverged as error:
             return {"diverged": str(error).removeprefix(f"{what}: "), **error.outcome}
-        return self._outcome(model, log, seed) | {"processes": Processes.now().count}
+        return self._outcome(model, log, seed)
 
     def _train_certified(self, model: CertifiedClassifier, seed: int) -> dict[str, Any]:
         try:
             trained, log = certified_training.train(model.recipe, self.data, seed)
         except SolveError as error:
+            if Processes.now().count > 1:  # the others wait for this process's gradients: its end is theirs
+                raise
             return {"diverged": str(error)}
         model.load_state_dict(trained.state_dict())
         return self._outcome(model, log, seed)
@@ -116,7 +118,8 @@ class Study:
         noise = torch.Generator(self.device).manual_seed(seed)
         reached = judge(model, self.data.validation, 1, noise).mean
         count = sum(p.numel() for p in model.parameters())
-        return {"epochs": log, "steps": sum(e["steps"] for e in log), "validation": reached, "parameters": count}
+        steps, processes = sum(e["steps"] for e in log), Processes.now().count
+        return {"epochs": log, "steps": steps, "validation": reached, "parameters": count, "processes": processes}
 
     def build(self, spec: Model) -> Victim:
         """The model with fresh weights."""
