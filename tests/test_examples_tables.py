@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 
-from examples.mnist import tables
+from examples.mnist import findings, tables
 from examples.mnist.audits import certified_table
-from examples.mnist.comparisons import compare
+from examples.mnist.comparisons import awaited, compare
 from examples.mnist.document import Cell
 from examples.mnist.records import write
+from examples.mnist.report import write_report
 from examples.mnist.results import Results
 from examples.mnist.scores import Scores, wilson
 from examples.mnist.seeds import groups_table
@@ -102,3 +104,54 @@ def test_a_certified_image_that_falls_is_told(run, liars):
     cell = named(found.header, found.rows[0])["certified images that an attack broke"]
     assert cell.value == len(fallen) == liars
     assert cell.text == f"{liars} of {sum(held)} within {threat}"
+
+
+def change(folder: Path, name: str, **parts: dict) -> None:
+    """Add to parts of a record of a made-up run."""
+    path = folder / "records" / f"{name}-0.json"
+    record = json.loads(path.read_text())
+    for part, more in parts.items():
+        record[part] |= more
+    write(path, record)
+
+
+def test_a_pair_of_other_trainings_is_marked(tmp_path):
+    """Images for the two were made on other weights of M0: their lines, and a head's, say so; control: the same."""
+    folder = made_up(tmp_path / "run")
+    for name, weights in (("M1", "aaa"), ("M3", "aaa"), ("M3-linear", "bbb")):
+        change(folder, f"attack-{name}-l2-0.5-transfer-s0", config={"sources": {"M0": weights}})
+    results = Results(folder)
+    marked = {row[0].text for row in tables.family_table(results).rows if row[0].small}
+    assert marked == {"M3-linear - M1"}
+    heads = {row[0].text: row[1].small for row in tables.heads_table(results).rows}
+    assert heads == {"M3": (), "M3-linear": ("of other trainings",)}
+
+
+def test_the_highest_is_of_models_with_every_planned_attack(tmp_path):
+    """M0 lacks groups and is passed over, however high; with no model whole it says so."""
+    whole = lambda cell: cell.model != "M0" or cell.group is None or cell.group.name == "white-box"  # noqa: E731
+    at = lambda cell: 0.99 if cell.model == "M0" else 0.9 if cell.model == "M3" else 0.0  # noqa: E731
+    text = findings.accuracy(Results(made_up(tmp_path / "run", at, has=whole)))
+    assert re.search(r"L2 0\.5: M3 SODEF, \d\d\.\d %", text) and "M0" not in text
+    none = lambda cell: cell.group is None or cell.group.name == "white-box"  # noqa: E731
+    assert "L2 0.5: no model has all planned attacks yet" in findings.accuracy(
+        Results(made_up(tmp_path / "none", at, has=none))
+    )
+
+
+def test_comparisons_that_wait_are_counted(tmp_path):
+    """Without transfer no worst case is comparable: all pairs wait within each threat; control: none of a whole run."""
+    without = lambda cell: cell.group is None or cell.group.name != "transfer"  # noqa: E731
+    waiting = awaited(Results(made_up(tmp_path / "part", has=without)))
+    assert set(waiting) == {"L2 0.5", "L2 1.5"} and min(waiting.values()) >= 3
+    assert not awaited(Results(made_up(tmp_path / "whole")))
+
+
+def test_what_several_processes_trained_has_torchruns_command(tmp_path):
+    """The command names their number and the model; without such a training there is none."""
+    folder = made_up(tmp_path / "run")
+    write_report(folder)
+    assert "torchrun" not in (folder / "report.md").read_text()
+    change(folder, "train-M3-s0", result={"processes": 2})
+    write_report(folder)
+    assert "torchrun --nproc-per-node=2 examples/sodef_mnist.py --preset smoke" in (folder / "report.md").read_text()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from math import sqrt
 from statistics import stdev
@@ -11,7 +12,7 @@ from scipy.stats import t as student
 from .results import NOT_PLANNED, SIGNIFICANT, Results, mean
 from .scores import Scores, holm, mcnemar
 
-__all__ = ["RULE", "Comparison", "Pair", "compare", "family", "span", "t_interval"]
+__all__ = ["RULE", "Comparison", "Pair", "awaited", "compare", "family", "span", "t_interval"]
 
 RULE = (
     f"A difference is claimed only when the paired McNemar test is significant at {SIGNIFICANT:.0%} (Holm-corrected, "
@@ -159,14 +160,23 @@ def family(results: Results) -> list[tuple[Comparison, float | None]]:
 
     One seed cannot be claimed to differ whatever its p, so it does not belong to the family: its p is None.
     """
+    found = [comparison for comparison in _others(results) if comparison.pairs]
+    corrected = iter(holm([comparison.p for comparison in found if len(comparison.pairs) > 1]))
+    return [(comparison, next(corrected) if len(comparison.pairs) > 1 else None) for comparison in found]
+
+
+def awaited(results: Results) -> Counter[str]:
+    """By threat how many comparisons have no pair of complete models yet."""
+    return Counter(c.threat for c in _others(results) if c.threat and c.waiting.startswith("seed") and not c.pairs)
+
+
+def _others(results: Results) -> list[Comparison]:
+    """Every model beside its control, or the one it started from, clean and within each threat; not the primary one."""
     noise, control, threat = results.primary
     asked = [(noise, control)] + [(name, other) for name in results.named("model") if (other := results.control(name))]
-    found = [
+    return [
         compare(results, first, second, where)
         for first, second in dict.fromkeys(asked)
         for where in (None, *results.named("threat"))
         if (first, second, where) != (noise, control, threat)
     ]
-    found = [comparison for comparison in found if comparison.pairs]
-    corrected = iter(holm([comparison.p for comparison in found if len(comparison.pairs) > 1]))
-    return [(comparison, next(corrected) if len(comparison.pairs) > 1 else None) for comparison in found]

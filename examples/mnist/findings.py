@@ -34,7 +34,22 @@ def answer(results: Results, found: Comparison) -> str:
     if interval := found.interval:
         over = f", 95 % t interval over {k} seeds {span(interval)}"
     p = f"McNemar p = {found.p:.2g}" + (f" (smallest of {k} seeds, Holm-corrected)" if k > 1 else ", from one seed")
-    return f"{asked} **{short}**{warned}{because} The difference is {points}{over}; {p}.{_voted(found)} {RULE}"
+    return (
+        f"{asked} **{short}**{warned}{because} The difference is {points}{over}; {p}.{_voted(found)} "
+        f"{_counted(results, found)} {RULE}"
+    )
+
+
+def _counted(results: Results, found: Comparison) -> str:
+    """Which groups of attacks the two are compared under: not all that either was attacked with."""
+    names, seeds = (found.first, found.second), [pair.seed for pair in found.pairs]
+    groups = {name: results.counted(str(found.threat), name, names, seeds) for name in names}
+    shared = [group for group in groups[found.second] if group in groups[found.first]]
+    parts = [", ".join(shared)]
+    for name in names:
+        if alone := [group for group in groups[name] if group not in shared]:
+            parts.append(f"of {name} {', '.join(alone)} too")
+    return f"Counted are the attacks that both could be given, and every way around: {'; '.join(parts)}."
 
 
 def _voted(found: Comparison) -> str:
@@ -43,21 +58,28 @@ def _voted(found: Comparison) -> str:
         return ""
     interval = t_interval(each)
     over = f" {span(interval)}" if interval else ""
-    return f" Judged by the most frequent answer over the draws it is {100 * mean(each):+z.1f} points{over}."
+    points = f"{100 * mean(each):+z.1f} points{over}"
+    return (
+        f" Judged by the most frequent answer, under the attack that is worst in the mean over draws, it is {points}."
+    )
 
 
 def accuracy(results: Results) -> str:
-    """The most robust model in the worst case of each threat, and who is masked."""
+    """The most robust model in the worst case of each threat, of those under every planned attack; who is masked."""
     parts = []
     for threat in results.named("threat"):
-        ranked = sorted(((_worst(results, threat, name) or -1, name) for name in results.named("model")), reverse=True)
-        share, name = ranked[0]
-        parts.append(f"{threat}: {results.called(name)}, {100 * share:.1f} %" if share >= 0 else f"{threat}: not run")
+        names = [name for name in results.named("model") if not results.lacks(threat, name)]
+        ranked = sorted((share, name) for name in names if (share := _worst(results, threat, name)) is not None)
+        parts.append(f"{threat}: {_called(results, *ranked[-1]) if ranked else 'no model has all planned attacks yet'}")
     return (
         f"Bars and bold numbers are the worst case of everything, with Wilson intervals; marks are the worst of each "
-        f"group alone; a star says that a planned group is missing. Highest in the worst case at "
-        f"{'; '.join(parts)}. {masking(results)}"
+        f"group alone; a star says that a planned group is missing. Highest in the worst case, of models without a "
+        f"star, at {'; '.join(parts)}. {masking(results)}"
     )
+
+
+def _called(results: Results, share: float, name: str) -> str:
+    return f"{results.called(name)}, {100 * share:.1f} %"
 
 
 def masking(results: Results) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from . import audits, figures, findings, seeds, tables
-from .comparisons import compare
+from .comparisons import awaited, compare
 from .curves import radii_table
 from .document import Block, Code, Figure, Heading, Table, Text, markdown
 from .page import page
@@ -74,7 +74,8 @@ def blocks(results: Results, out: Path) -> list[Block]:
         Text(
             "Every model against its control, or against the one it started from; the two may differ in more than one "
             "thing (*How it was done*). One Holm family of those with several seeds, the same rule; the t intervals "
-            "are not corrected."
+            "are not corrected. *Of other trainings*: the two do not descend from the same weights, as another machine "
+            f"gave other ones.{_awaited(results)}"
         ),
         tables.family_table(results),
         Heading("The paper's table"),
@@ -105,6 +106,12 @@ def blocks(results: Results, out: Path) -> list[Block]:
         *_method(results),
     ]
     return [_begun(block) if isinstance(block, Table) else block for block in found if block is not None]
+
+
+def _awaited(results: Results) -> str:
+    """How many comparisons are not in the table yet."""
+    found = [f"{count} within {threat}" for threat, count in awaited(results).items()]
+    return f" Not there yet, for want of attacks that are planned: {', '.join(found)}." if found else ""
 
 
 def _attacked(results: Results) -> list[Block]:
@@ -261,9 +268,28 @@ def _provenance(results: Results) -> list[Block]:
     return [
         Heading("Every number's command"),
         *([Text("; ".join(made))] if records else []),
-        Text("This command computes every number, table and picture above; it goes on from what is already there."),
+        Text("This command computes all numbers, tables and pictures anew; it goes on from what is already there. A "
+             "processor of another kind gives other last digits, and with them other weights; records name the commit "
+             "and the processor."),
         Code(shlex.join(words)),
+        *_together(results, words),
         Text("`run.json` and `records/*.json` hold every sample's verdict. This draws the report from them:"),
         Code("PYTHONPATH=examples python -c 'import pathlib, sys; from mnist.report import write_report; "
              "write_report(pathlib.Path(sys.argv[1]))' FOLDER"),
     ]  # fmt: skip
+
+
+def _together(results: Results, words: list[str]) -> list[Block]:
+    """The commands of what several processes trained."""
+    found: dict[int, list[str]] = {}
+    for (name, *_), record in results.found("train"):
+        if (count := record.result.get("processes", 1)) > 1 and name not in found.setdefault(count, []):
+            found[count].append(name)
+    return [
+        block
+        for count, names in found.items()
+        for block in (
+            Text(f"{', '.join(names)} {'was' if len(names) == 1 else 'were'} trained by {count} processes:"),
+            Code(shlex.join(["torchrun", f"--nproc-per-node={count}", *words[1:], "--models", ",".join(names)])),
+        )
+    ]

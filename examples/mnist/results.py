@@ -122,6 +122,15 @@ class Results:
                 told.append(f"{model} (seed {seed}; another for {judged})")
         return told
 
+    def apart(self, first: str, second: str) -> bool:
+        """Whether two models are of other trainings: images for them were made on other weights of the same model."""
+        one, other = (
+            {(seed, model): weights for (_, name, seed, *_), record in self._records.items() if name == called
+             for model, weights in record["config"].get("sources", {}).items()}
+            for called in (first, second)
+        )  # fmt: skip
+        return any(one[key] != other[key] for key in one.keys() & other.keys())
+
     def kinds(self) -> list[str]:
         """The kinds of records that there are."""
         return list(dict.fromkeys(key[0] for key in self._records))

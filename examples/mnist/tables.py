@@ -100,7 +100,8 @@ def family_table(results: Results) -> Table:
         where, verdict, interval = comparison.threat or "clean", comparison.verdict(p), comparison.interval
         sizes.found[where].update(pair.n for pair in comparison.pairs)
         rows.append([
-            Cell(f"{comparison.first} - {comparison.second}"), Cell(where), number(len(comparison.pairs)),
+            Cell(f"{comparison.first} - {comparison.second}", _apart(results, comparison.first, comparison.second)),
+            Cell(where), number(len(comparison.pairs)),
             number(comparison.difference, f"{100 * comparison.difference:+z.1f}"),
             _interval(interval),
             Cell("one seed") if p is None else number(p, f"{p:.2g}"),
@@ -109,6 +110,11 @@ def family_table(results: Results) -> Table:
     caption = f"Differences in points, clean and in the worst case within each threat; {sizes}"
     header = ["first - second", "where", "seeds", "difference", "t interval", "Holm p", "the first is"]
     return Table(caption, header, rows, results.warnings)
+
+
+def _apart(results: Results, first: str, second: str) -> tuple[str, ...]:
+    """What stands below a pair that does not descend from the same weights."""
+    return ("of other trainings",) if results.apart(first, second) else ()
 
 
 def _interval(found: tuple[float, float] | None) -> Cell:
@@ -177,7 +183,7 @@ def attacks_table(results: Results, threat: str) -> Table:
     shared = [f"{HEADLINE}, first {n:,}"] if n else []
     columns = [HEADLINE, *shared, "masked?", "clean", *single, *(f"{group}, worst" for group in groups)]
     caption = f"T2. Accuracy in % under {threat}; {sizes}"
-    return Table(caption, ["model", *columns, "seeds", "queries", "seconds"], rows, results.warnings)
+    return Table(caption, ["model", *columns, "seeds trained", "queries", "seconds"], rows, results.warnings)
 
 
 def _shared(records: Sequence[Record]) -> int | None:
@@ -228,7 +234,7 @@ def _attacked(
         sizes.score("clean", clean, why_clean),
         *(sizes.score(attack, [found.get(attack) for found in white], why(WHITE_BOX)) for attack in single),
         *(sizes.score(group, under(group), why(group)) for group in groups),
-        number(len(seeds)),
+        number(len(results.seeds(name))),
         *_effort(results, threat, name, seeds),
     ]
 
@@ -271,7 +277,8 @@ def heads_table(results: Results) -> Table | None:
         under = [
             sizes.score(t, [results.worst(t, name, seed=seed) for seed in results.shown(t, name)]) for t in threats
         ]
-        rows.append([model_cell(results, name), Cell(models[name]["head"]), sizes.score("clean", clean), *under])
+        head = Cell(models[name]["head"], _apart(results, name, "M3"))
+        rows.append([model_cell(results, name), head, sizes.score("clean", clean), *under])
     caption = f"T4. SODEF under other heads: accuracy in %, clean and in the worst case of everything; {sizes}"
     return Table(caption, ["model", "head", "clean", *threats], rows, results.warnings)
 
