@@ -236,8 +236,9 @@ def test_the_report_is_drawn_from_the_records_alone(finished, report, tmp_path):
     out = Path(shutil.copytree(finished, tmp_path / "copy", ignore=shutil.ignore_patterns("*.pt", "*.png")))
     text = write_report(out).read_text()
     assert text == report
-    for picture in re.findall(r"!\[.*?\]\((.*?)\)", text):
-        assert (out / picture).stat().st_size > 10_000, picture
+    for picture, caption in re.findall(r"!\[.*?\]\((.*?)\)(?:\n\n\*(.*)\*)?", text):
+        assert (out / picture).stat().st_size > 10_000 and re.search(r"\d", caption), picture
+    assert "\npython examples/end_time_mnist.py --preset " in text
     run = json.loads((out / "run.json").read_text())
     for row, blog in (("a", BLOG["small", "10"]), ("b", BLOG["small", "U(10, 100)"])):
         for end in (1, 10):

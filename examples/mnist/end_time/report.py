@@ -7,7 +7,7 @@ from typing import Any
 
 from ..records import Record
 from ..scores import percent
-from . import figures
+from . import captions, figures
 from .findings import findings
 from .presets import BLOG
 from .results import Results
@@ -136,22 +136,26 @@ def _strong(results: Results) -> str:
 def _pictures(results: Results, out: Path) -> list[str]:
     parts = []
     if results.answered("curve"):
-        parts.append(f"## Accuracy over the end time\n\n![curve]({figures.curve_figure(results, out).name})")
-    films = [f"![{name}]({figures.film_figure(results, name, out).name})" for name in results.answered("film")]
-    if films:
-        text = (
+        parts += ["## Accuracy over the end time", _shown(figures.curve_figure(results, out), captions.curve(results))]
+    if films := results.answered("film"):
+        parts += [
+            "## The state through time",
             "Two images of one digit and one of another. On one scale (above) the state of most nets only grows; with "
-            "each frame on its own scale (below, as in the blog) one sees whether its pattern settles."
-        )
-        parts.append(f"## The state through time\n\n{text}\n\n" + "\n\n".join(films))
+            "each frame on its own scale (below, as in the blog) one sees whether its pattern settles.",
+            *(_shown(figures.film_figure(results, name, out), captions.film(results, name)) for name in films),
+        ]
     if results.answered("dynamics"):
-        named = {
-            "settling": figures.settling_figure(results, out),
-            "distances": figures.distance_figure(results, out),
-            "gradients": figures.gradient_figure(results, out),
-        }
-        parts += [f"![{name}]({path.name})" for name, path in named.items()]
+        parts += [
+            _shown(figures.settling_figure(results, out), captions.settling(results)),
+            _shown(figures.distance_figure(results, out), captions.distances(results)),
+            _shown(figures.gradient_figure(results, out), captions.gradients(results)),
+        ]
     return parts
+
+
+def _shown(path: Path, caption: str) -> str:
+    """A picture over what it says."""
+    return f"![{path.stem}]({path.name})\n\n*{caption}*"
 
 
 def _training(results: Results) -> str:
@@ -210,13 +214,21 @@ moved to [-0.5, 0.5]. Different from the blog:
 
 The test set was used after all training only.
 
-All stages together: {seconds:.0f} s on {machine}; {versions}; commit {commit}."""
+All stages together: {seconds:.0f} s on {machine}; {versions}; commit {commit}. This command computes them anew; it goes
+on from what is already there:
+
+```bash
+{command}
+```"""
 
 
 def _method(results: Results) -> str:
     trained = results.record(results.trained()[0], "train")
     records = list(results.records())
+    command = f"python examples/end_time_mnist.py --preset {results.run['preset']}"
+    command += f" --seed {results.run['seed']}" if results.run["seed"] else ""
     return METHOD.format(
+        command=command,
         **dict(zip(("train", "validation", "test"), trained["config"]["sizes"], strict=True)),
         seed=results.run["seed"],
         batch=trained["config"]["row"]["batch"],
