@@ -209,3 +209,20 @@ def test_for_diagonal_noise_that_bound_is_false() -> None:
         growth = (block(z).norm(dim=1) / z.norm(dim=1)).log() / t1
     assert growth.std().item() / rows**0.5 < 0.0125
     assert growth.mean().item() == pytest.approx(0.125, abs=0.05)  # four standard errors
+
+
+@settings(max_examples=20)
+@given(st.floats(-8.0, -0.5), st.floats(0.02, 0.4), st.floats(0.1, 1.5))
+def test_euler_maruyama_bears_steps_below_two_over_the_rate_less_the_variance(rate: float, p: float, h: float) -> None:
+    """Higham 2000: on z' = rate z with dropout noise the mean square of a step's factor is below 1 just where
+    h < 2/|rate| - sigma^2; Euler's own bound, 2/|rate|, is not enough (control)."""
+    variance = p / (1 - p)
+    block = DropoutSDEBlock(lambda z: rate * z, p, t1=h, solver=EulerMaruyama(steps=1), time=False)
+    z = torch.ones(1, 1, dtype=F64)  # one step is affine in its increment, so that two values of it give its moments
+    with torch.no_grad():
+        mean, moved = (block.solve(z, noise=torch.full((1, 1, 1), dw, dtype=F64)).final.item() for dw in (0.0, h**0.5))
+    square = mean**2 + (moved - mean) ** 2
+    assert square == pytest.approx(1 + 2 * rate * h + rate**2 * h * (h + variance), rel=1e-9)
+    assert (square < 1) == (h < 2 / -rate - variance)
+    if 2 / -rate - variance < h < 2 / -rate:
+        assert abs(mean) < 1 < square
