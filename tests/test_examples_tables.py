@@ -140,10 +140,14 @@ def test_the_highest_is_of_models_with_every_planned_attack(tmp_path):
 
 
 def test_comparisons_that_wait_are_counted(tmp_path):
-    """Without transfer no worst case is comparable: all pairs wait within each threat; control: none of a whole run."""
+    """Without transfer no pair is comparable; those of a model that diverged never will be, and are not counted."""
     without = lambda cell: cell.group is None or cell.group.name != "transfer"  # noqa: E731
     waiting = awaited(Results(made_up(tmp_path / "part", has=without)))
-    assert set(waiting) == {"L2 0.5", "L2 1.5"} and min(waiting.values()) >= 3
+    pairs = {"M1 - M0", "M3-linear - M1", "M3 - M1", "M5 - M3", "M13 - M0"}  # and M4 - M5 beyond the primary threat
+    assert waiting == {"L2 0.5": len(pairs), "L2 1.5": len(pairs) + 1}
+    lost = lambda cell: "M1 diverged" if cell.model == "M1" else None  # noqa: E731
+    waiting = awaited(Results(made_up(tmp_path / "lost", has=without, lost=lost)))
+    assert waiting == {"L2 0.5": len(pairs) - 3, "L2 1.5": len(pairs) - 2}
     assert not awaited(Results(made_up(tmp_path / "whole")))
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from odelayers import LyaNetRegularizer, LyapunovRegularizer
-from odelayers.fields import SkewSymmetric
+from odelayers.fields import SineField, SkewSymmetric
 
 LAYERS = {
     "tanh": lambda: nn.Sequential(nn.Linear(2, 2), nn.Tanh()),
@@ -79,3 +79,20 @@ def test_batch_statistics_in_the_head_are_refused_too() -> None:
     with pytest.raises(ValueError, match="LyaNetRegularizer: head contains BatchNorm1d with batch statistics"):
         LyaNetRegularizer()(lambda z: -z, torch.ones(2, 2), torch.tensor([0, 1]), nn.Sequential(norm, nn.Linear(2, 2)))
     assert norm.num_batches_tracked == 0
+
+
+def test_the_jacobian_comes_before_the_field() -> None:
+    """The order of the graph decides the last digits of a gradient, and with them every training that was published."""
+    seen: list[str] = []
+
+    class Noted(SineField):
+        def linearize(self, z: Tensor) -> object:
+            seen.append("linearize")
+            return super().linearize(z)
+
+        def forward(self, z: Tensor) -> Tensor:
+            seen.append("forward")
+            return super().forward(z)
+
+    LyapunovRegularizer()(Noted(2), torch.ones(3, 2))
+    assert seen == ["linearize", "forward"]

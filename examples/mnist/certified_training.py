@@ -7,12 +7,15 @@ The certificate does not rely on that, but on an SVD of each W as it is.
 from __future__ import annotations
 
 import copy
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import conv2d, normalize, pad
 from torch.nn.utils import parametrize
+
+from odelayers import SolveError
 
 from .certified import CertifiedClassifier, Recipe, evaluate, linear, margins
 from .data import Dataset
@@ -42,24 +45,22 @@ class UnitRows(nn.Module):
         return normalize(weight, dim=1)
 
 
-def certified_loss(model: CertifiedClassifier, x: Tensor, labels: Tensor) -> Tensor:
-    """log(1 + sum_j exp(temperature (offset - margin_j))), mean over the batch, over the temperature."""
-    recipe = model.recipe
-    excess = margins(model(x), labels, model.distances()) / recipe.scale - recipe.offset
-    exponents = pad(-recipe.temperature * excess, (0, 1))  # exp(-inf) = 0 for the class itself, and the 1
-    return exponents.logsumexp(1).mean() / recipe.temperature
+class CertifiedLoss(nn.Module):
+    """log(1 + sum_j exp(temperature (offset - margin_j))), mean over the batch, over the temperature.
 
-
-class Objective(nn.Module):
-    """The certified loss as a module, whose gradients several processes can average."""
+    It is a module so that DistributedDataParallel can wrap it; its parameters are the model's.
+    """
 
     def __init__(self, model: CertifiedClassifier) -> None:
         super().__init__()
         self.model = model
 
     def forward(self, x: Tensor, labels: Tensor) -> Tensor:
-        """`certified_loss` of the model."""
-        return certified_loss(self.model, x, labels)
+        """The loss of images (B, 1, 28, 28), a 0-d tensor."""
+        recipe = self.model.recipe
+        excess = margins(self.model(x), labels, self.model.distances()) / recipe.scale - recipe.offset
+        exponents = pad(-recipe.temperature * excess, (0, 1))  # exp(-inf) = 0 for the class itself, and the 1
+        return exponents.logsumexp(1).mean() / recipe.temperature
 
 
 def shifted(images: Tensor, most: int, generator: torch.Generator) -> Tensor:
@@ -104,12 +105,13 @@ def train(recipe: Recipe, data: Dataset, seed: int = 0) -> tuple[CertifiedClassi
 
     Raises:
         SolveError: a state is not finite: the images are not, or training diverged.
+        FailedElsewhere: so it was in another process.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = constrained(CertifiedClassifier(recipe)).to(data.train.images.device)
     processes, draws = Processes.now(), torch.Generator().manual_seed(seed)
-    objective = processes.wrap(Objective(model))
+    objective = processes.wrap(CertifiedLoss(model))
     optimiser = torch.optim.Adam(model.parameters(), lr=recipe.lr)
     steps = -(-len(data.train) // recipe.batch)
     total = recipe.epochs * steps + 1
@@ -123,8 +125,9 @@ def train(recipe: Recipe, data: Dataset, seed: int = 0) -> tuple[CertifiedClassi
                 images = shifted(data.train.images[rows], recipe.shift, draws)
                 images, labels = processes.share(images), processes.share(data.train.labels[rows])
                 with parametrize.cached():
-                    loss = processes.weight(labels, rows) * objective(images, labels)
+                    loss = processes.together(partial(objective, images, labels), SolveError, labels.device)
                 optimiser.zero_grad()
+                loss = processes.weight(labels, rows) * loss
                 loss.backward()
                 optimiser.step()
                 schedule.step()

@@ -20,6 +20,9 @@ RULE = (
 )
 
 
+UNPLANNED = "not planned"
+
+
 @dataclass(frozen=True)
 class Pair:
     """Two models of one seed on the same `n` images: accuracies, means over draws, and McNemar's p of one draw.
@@ -133,7 +136,7 @@ def compare(results: Results, first: str, second: str, threat: str | None) -> Co
         a, b = (scores.first(n) for scores in each)
         votes = (a.right, b.right) if max(a.draws, b.draws) > 1 else None
         pairs.append(Pair(seed, n, a.mean, b.mean, mcnemar(a.once, b.once), votes))
-    return Comparison(first, second, threat, tuple(pairs), "; ".join(waiting) or ("" if pairs else "not planned"))
+    return Comparison(first, second, threat, tuple(pairs), "; ".join(waiting) or ("" if pairs else UNPLANNED))
 
 
 def _lacking(results: Results, name: str, threat: str | None, groups: list[str], seed: int) -> str | None:
@@ -166,8 +169,9 @@ def family(results: Results) -> list[tuple[Comparison, float | None]]:
 
 
 def awaited(results: Results) -> Counter[str]:
-    """By threat how many comparisons have no pair of complete models yet."""
-    return Counter(c.threat for c in _others(results) if c.threat and c.waiting.startswith("seed") and not c.pairs)
+    """By threat how many comparisons have no pair of complete models yet, and may still have one."""
+    without = [comparison for comparison in _others(results) if comparison.threat and not comparison.pairs]
+    return Counter(c.threat for c in without if c.waiting != UNPLANNED and "diverged" not in c.waiting)
 
 
 def _others(results: Results) -> list[Comparison]:

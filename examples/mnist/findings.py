@@ -45,11 +45,8 @@ def _counted(results: Results, found: Comparison) -> str:
     names, seeds = (found.first, found.second), [pair.seed for pair in found.pairs]
     groups = {name: results.counted(str(found.threat), name, names, seeds) for name in names}
     shared = [group for group in groups[found.second] if group in groups[found.first]]
-    parts = [", ".join(shared)]
-    for name in names:
-        if alone := [group for group in groups[name] if group not in shared]:
-            parts.append(f"of {name} {', '.join(alone)} too")
-    return f"Counted are the attacks that both could be given, and every way around: {'; '.join(parts)}."
+    alone = [f"{group} (of {name})" for name in names for group in groups[name] if group not in shared]
+    return f"Counted are the attacks that both could be given, and every way around: {'; '.join([*shared, *alone])}."
 
 
 def _voted(found: Comparison) -> str:

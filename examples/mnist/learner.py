@@ -134,15 +134,8 @@ class Learner:
         return weight * torch.stack([loss, penalty]).detach()
 
     def _together(self, compute: Callable[[], Any]) -> Any:
-        """What is computed; if it fails in one process all stop, or the others would wait for ever."""
-        result = failed = None
-        try:
-            result = compute()
-        except (SolveError, GradientError, NoNumber) as error:
-            failed = error
-        if self.processes.any(failed is not None, self.labels.device):
-            raise failed or NoNumber("the solve or the loss of another process failed")
-        return result
+        """What is computed, unless it fails in one of the processes."""
+        return self.processes.together(compute, (SolveError, GradientError, NoNumber), self.labels.device)
 
     def _losses(self, inputs: Tensor, labels: Tensor, adversarial: Tensor | None) -> tuple[Tensor, Tensor]:
         loss, penalty = self.objective(inputs, labels, adversarial)

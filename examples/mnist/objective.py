@@ -44,13 +44,15 @@ class Objective(nn.Module):
         trades = self.adversary is not None and self.adversary.loss == TRADES
         learnt = inputs if adversarial is None or trades else adversarial
         z = self.model.features(learnt) if self.trains == "all" else inputs
+        # Before any solve: processes meet in batch normalisation, and one whose solve fails would leave others waiting.
+        moved = self.model.features(adversarial) if trades else None
         end, solution = self._solved(z)
         loss = z.new_zeros(())
         if self.weight:
             answers = self.model.head(end)
             loss = self.weight * cross_entropy(answers, labels)
             if trades:
-                loss = loss + self.adversary.distance(answers, self.model(adversarial, self.noise))
+                loss = loss + self.adversary.distance(answers, self.model.head(self.model.end(moved, self.noise)))
         penalty = self.penalty(self.model, z, labels, solution, self.draws) if self.penalty else torch.zeros_like(loss)
         return loss + penalty, penalty
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -11,12 +11,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
-from torch.distributed.nn.functional import all_reduce  # which gradients pass, too
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
-__all__ = ["Processes", "joined"]
+__all__ = ["FailedElsewhere", "Processes", "joined"]
 
 PATIENCE = timedelta(days=1)  # one process may attack for hours while the others have nothing left to do
+
+
+class FailedElsewhere(ArithmeticError):
+    """Another process could not compute its part."""
 
 
 @dataclass(frozen=True)
@@ -68,13 +72,21 @@ class Processes:
         return flag if self.count == 1 else self.average(torch.tensor(float(flag), device=device)).item() > 0
 
     def prepare(self, model: nn.Module, device: torch.device) -> None:
-        """Make batch normalisation in `model` use the whole batch, in place."""
+        """Make batch normalisation in `model` use the whole batch, in place.
+
+        Raises:
+            ValueError: on a CPU, a layer is of a kind for which that is not written.
+        """
         if self.count > 1 and device.type == "cuda":
             nn.SyncBatchNorm.convert_sync_batchnorm(model)
         elif self.count > 1:
-            for layer in model.modules():
-                if type(layer) is nn.BatchNorm2d:
+            for name, layer in model.named_modules():
+                if type(layer) is nn.BatchNorm2d and layer.affine and layer.running_mean is not None and layer.momentum:
                     layer.__class__ = SharedBatchNorm2d
+                elif isinstance(layer, _BatchNorm) and type(layer) is not SharedBatchNorm2d:
+                    raise ValueError(
+                        f"{name}: expected a BatchNorm2d with weights, statistics and momentum, got {layer}"
+                    )
 
     def agree(self, *modules: nn.Module) -> None:
         """Give the buffers of the first process to all, in place."""
@@ -82,6 +94,23 @@ class Processes:
             for module in modules:
                 for buffer in module.buffers():
                     distributed.broadcast(buffer, 0)
+
+    def together(
+        self, compute: Callable[[], Any], errors: type[Exception] | tuple[type[Exception], ...], device: torch.device
+    ) -> Any:
+        """What is computed; where that fails in one process it fails in all, or the others would wait for ever.
+
+        Raises:
+            FailedElsewhere: it failed in another process, by one of these errors.
+        """
+        result = failed = None
+        try:
+            result = compute()
+        except errors as error:
+            failed = error
+        if self.any(failed is not None, device):
+            raise failed or FailedElsewhere("the solve or the loss of another process failed")
+        return result
 
     def gathered(self, value: Any) -> list[Any]:
         """The value that each process gives, in the order of their ranks, for all of them."""
@@ -95,6 +124,20 @@ class Processes:
         return DistributedDataParallel(module) if self.count > 1 else module
 
 
+class _Sum(torch.autograd.Function):
+    """The sum over processes, whose gradient is the sum of theirs."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        total = x.clone(memory_format=torch.contiguous_format)
+        distributed.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return _Sum.apply(gradient)
+
+
 class SharedBatchNorm2d(nn.BatchNorm2d):
     """Batch normalisation that in training takes mean and variance over the rows of all processes."""
 
@@ -102,10 +145,10 @@ class SharedBatchNorm2d(nn.BatchNorm2d):
         """Normalise this process's rows (B, C, H, W); all processes must call it."""
         if not self.training:
             return super().forward(x)
-        n = all_reduce(x.new_tensor(float(x.numel() // x.shape[1])))
-        mean = all_reduce(x.sum((0, 2, 3))) / n
+        n = _Sum.apply(torch.tensor(x.numel() // x.shape[1], dtype=torch.float64))
+        mean = _Sum.apply(x.sum((0, 2, 3))) / n
         centred = x - mean[:, None, None]
-        variance = all_reduce(centred.square().sum((0, 2, 3))) / n
+        variance = _Sum.apply(centred.square().sum((0, 2, 3))) / n
         with torch.no_grad():
             self.num_batches_tracked += 1
             self.running_mean.lerp_(mean, self.momentum)

@@ -74,8 +74,8 @@ def blocks(results: Results, out: Path) -> list[Block]:
         Text(
             "Every model against its control, or against the one it started from; the two may differ in more than one "
             "thing (*How it was done*). One Holm family of those with several seeds, the same rule; the t intervals "
-            "are not corrected. *Of other trainings*: the two do not descend from the same weights, as another machine "
-            f"gave other ones.{_awaited(results)}"
+            "are not corrected. *Of other trainings*: images for the two were made on other weights of the same nets, "
+            f"as another machine gave them; nor do they descend from the same.{_awaited(results)}"
         ),
         tables.family_table(results),
         Heading("The paper's table"),
@@ -111,7 +111,7 @@ def blocks(results: Results, out: Path) -> list[Block]:
 def _awaited(results: Results) -> str:
     """How many comparisons are not in the table yet."""
     found = [f"{count} within {threat}" for threat, count in awaited(results).items()]
-    return f" Not there yet, for want of attacks that are planned: {', '.join(found)}." if found else ""
+    return f" Not there yet, for want of trainings or attacks that are planned: {', '.join(found)}." if found else ""
 
 
 def _attacked(results: Results) -> list[Block]:
@@ -268,7 +268,7 @@ def _provenance(results: Results) -> list[Block]:
     return [
         Heading("Every number's command"),
         *([Text("; ".join(made))] if records else []),
-        Text("This command computes all numbers, tables and pictures anew; it goes on from what is already there. A "
+        Text("This command computes all numbers, tables and pictures; it goes on from what is already there. A "
              "processor of another kind gives other last digits, and with them other weights; records name the commit "
              "and the processor."),
         Code(shlex.join(words)),
@@ -281,15 +281,15 @@ def _provenance(results: Results) -> list[Block]:
 
 def _together(results: Results, words: list[str]) -> list[Block]:
     """The commands of what several processes trained."""
-    found: dict[int, list[str]] = {}
+    found: dict[int, dict[str, str]] = {}
     for (name, *_), record in results.found("train"):
-        if (count := record.result.get("processes", 1)) > 1 and name not in found.setdefault(count, []):
-            found[count].append(name)
+        if (count := record.result.get("processes", 1)) > 1:
+            found.setdefault(count, {})[name] = record["commit"]
     return [
         block
         for count, names in found.items()
         for block in (
-            Text(f"{', '.join(names)} {'was' if len(names) == 1 else 'were'} trained by {count} processes:"),
+            Text(f"By {count} processes were trained {', '.join(f'{n} (commit {at})' for n, at in names.items())}:"),
             Code(shlex.join(["torchrun", f"--nproc-per-node={count}", *words[1:], "--models", ",".join(names)])),
         )
     ]

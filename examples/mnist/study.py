@@ -23,11 +23,11 @@ from .data import Dataset, Split
 from .evaluation import Victim, attack_cell, clean_cell, craft, judge, probe_cell, spectrum_cell, stability
 from .features import fold
 from .models import DIM, Classifier
-from .parallel import Processes
+from .parallel import FailedElsewhere, Processes
 from .plane import plane_cell
 from .presets import Preset, long_steps
 from .recipes import Model
-from .records import Record, Records, save_weights
+from .records import Record, Records, read, save_weights
 from .training import Diverged, train
 from .unfinished import Unfinished
 from .views import attacked
@@ -96,6 +96,13 @@ class Study:
         self.trained[cell.model, cell.seed] = record
         return record
 
+    def adopt(self) -> None:
+        """Take the trainings in the folder whose weights lie beside their records as they are, whatever made them."""
+        for weights in self.records.folder.glob("train-*.safetensors"):
+            record = read(weights.with_suffix(".json"))
+            config = record["config"]
+            self.trained[config["model"]["name"], config["seed"] - self.seed] = record
+
     def _train(self, model: Classifier, spec: Model, seed: int, what: str, unfinished: Unfinished) -> dict[str, Any]:
         try:
             audit = self._audit if spec.has_field else None
@@ -107,9 +114,7 @@ class Study:
     def _train_certified(self, model: CertifiedClassifier, seed: int) -> dict[str, Any]:
         try:
             trained, log = certified_training.train(model.recipe, self.data, seed)
-        except SolveError as error:
-            if Processes.now().count > 1:  # the others wait for this process's gradients: its end is theirs
-                raise
+        except (SolveError, FailedElsewhere) as error:
             return {"diverged": str(error)}
         model.load_state_dict(trained.state_dict())
         return self._outcome(model, log, seed)
@@ -131,7 +136,7 @@ class Study:
         return load_file(self.records.weights(record), device=str(self.device))
 
     def load(self, name: str, seed: int) -> Victim:
-        """A trained model, for evaluation."""
+        """A trained model, for evaluation; it is trained first where no record has it."""
         model = self.build(self.preset.model(name))
         model.load_state_dict(self._weights(self.do_training(Cell("train", name, seed))))
         if isinstance(getattr(model.block, "gradient", None), Reversible):  # an attack may follow a wrong gradient

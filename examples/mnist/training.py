@@ -15,7 +15,7 @@ from .accuracy import accuracy, adversarial_accuracy
 from .data import Dataset, Split
 from .learner import Draws, Learner, NoNumber
 from .models import Classifier
-from .parallel import Processes
+from .parallel import FailedElsewhere, Processes
 from .penalties import Constraints
 from .phases import SGD, Adam, Phase
 from .unfinished import Unfinished
@@ -103,7 +103,7 @@ def train(
                     )  # fmt: skip
                 learner.finish()
                 done = 0
-        except (SolveError, GradientError, NoNumber) as error:
+        except (SolveError, GradientError, NoNumber, FailedElsewhere) as error:
             loss = learner.loss if learner and math.isfinite(learner.loss) else None
             at = {"phase": number, "trains": phase.trains, "epoch": epoch, "step": learner.done if learner else 0}
             raise Diverged(label, {**at, "loss": loss, "reason": str(error), "log": log}) from error

@@ -37,19 +37,19 @@ def film(results: Results, name: str) -> str:
     return (
         f"{results.title(name)}: what is shown of the state is {sizes[-1] / sizes[0]:.0f} times as large at t = "
         f"{times[-1]:g} as at {times[0]:g}; its pattern at t = {times[before]:g} has a cosine of {cosine:.2f} or more "
-        f"with the last one, in each of the three images."
+        f"with the last one, in each of the images."
     )
 
 
 def settling(results: Results) -> str:
-    """Whether the field comes to zero, or its direction to rest."""
+    """How the sizes of field and state change; the text above the tables has the cosines."""
     parts = []
     for name, cell in results.answered("dynamics").items():
         field, state = cell["field"]["median"], cell["state"]["median"]
         parts.append(f"{results.title(name)} {field[-1] / field[0]:.2f} and {state[-1] / state[0]:,.0f}")
     return (
-        "The field, whose last layer normalises it, keeps its size while the state goes on. Median size at the last "
-        f"time over that at the first, of the field and of the state: {'; '.join(parts)}."
+        "Sizes of field and state, and how their directions come to rest. Median size at the last time over that at "
+        f"the first, of the field and of the state: {'; '.join(parts)}."
     )
 
 

@@ -214,8 +214,8 @@ moved to [-0.5, 0.5]. Different from the blog:
 
 The test set was used after all training only.
 
-All stages together: {seconds:.0f} s on {machine}; {versions}; commit {commit}. This command computes them anew; it goes
-on from what is already there:
+All stages together: {seconds:.0f} s on {machine}; {versions}; commit {commit}. This command computes them; it goes on
+from what is already there:
 
 ```bash
 {command}
