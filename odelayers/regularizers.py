@@ -225,9 +225,8 @@ class LyaNetRegularizer:
 def _discs(field: Field, z: Tensor, t: Tensor | float, axis: str) -> tuple[Tensor, Tensor]:
     """The Gershgorin discs of the Jacobians, (B, D) each; without the Jacobians where they are one diag(s) W."""
     factors = linearization(field, z, t)
-    square = factors is not None and factors[0].matrix.shape[-2] == factors[0].matrix.shape[-1]
-    if factors is None or len(factors) > 1 or factors[0].slopes is None or not square:  # jacobian says what is wrong
-        return gershgorin(at_least_float32(jacobian(field, z, t)), axis)
+    if factors is None or len(factors) > 1 or factors[0].slopes is None or not _square(factors[0].matrix):
+        return gershgorin(at_least_float32(jacobian(field, z, t)), axis)  # which says so of a field of another width
     slopes, matrix = at_least_float32(factors[0].slopes), at_least_float32(factors[0].matrix)
     for factor in (slopes, matrix):
         check_rows_finite(factor, f"LyapunovRegularizer: field {field.name}: linearize")
@@ -235,6 +234,10 @@ def _discs(field: Field, z: Tensor, t: Tensor | float, axis: str) -> tuple[Tenso
     if axis == "row":
         return slopes * diagonal, slopes.abs() * radii
     return slopes * diagonal, slopes.abs() @ (matrix - matrix.diagonal().diag_embed()).abs()
+
+
+def _square(matrix: Tensor) -> bool:
+    return matrix.shape[-2] == matrix.shape[-1]
 
 
 def _tame_exp(x: Tensor) -> Tensor:

@@ -65,8 +65,9 @@ def accuracy(results: Results) -> str:
     """The most robust model in the worst case of each threat, of those under every planned attack; who is masked."""
     parts = []
     for threat in results.named("threat"):
-        names = [name for name in results.named("model") if not results.lacks(threat, name)]
-        ranked = sorted((share, name) for name in names if (share := _worst(results, threat, name)) is not None)
+        shown = {name: results.shown(threat, name) for name in results.named("model")}
+        whole = [name for name, seeds in shown.items() if seeds and not results.lacks(threat, name, seeds[0])]
+        ranked = sorted((_worst(results, threat, name) or 0.0, name) for name in whole)
         parts.append(f"{threat}: {_called(results, *ranked[-1]) if ranked else 'no model has all planned attacks yet'}")
     return (
         f"Bars and bold numbers are the worst case of everything, with Wilson intervals; marks are the worst of each "

@@ -82,7 +82,8 @@ class Records:
         if path.exists() and (save is None or weights.exists()):
             return self._told(read(path), ": already done")
         if not self.computes:
-            raise NotRecorded(f"{path} is not there")
+            made = ", ".join(f"{name} {version}" for name, version in _results_depend_on().items())
+            raise NotRecorded(f"{path} is not there; its key is of this configuration, {made}")
         started = time.perf_counter()
         result = compute()
         seconds = time.perf_counter() - started
