@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 
 from .results import Results
@@ -43,36 +46,42 @@ def film(results: Results, name: str) -> str:
 
 def settling(results: Results) -> str:
     """How the sizes of field and state change; the text above the tables has the cosines."""
-    parts = []
-    for name, cell in results.answered("dynamics").items():
-        field, state = cell["field"]["median"], cell["state"]["median"]
-        parts.append(f"{results.title(name)} {field[-1] / field[0]:.2f} and {state[-1] / state[0]:,.0f}")
+
+    def grown(cell: dict[str, Any]) -> str:
+        field, state = (cell[part]["median"][-1] / cell[part]["median"][0] for part in ("field", "state"))
+        return f"{field:.2f} and {state:,.0f}"
+
     return (
         "Sizes of field and state, and how their directions come to rest. Median size at the last time over that at "
-        f"the first, of the field and of the state: {'; '.join(parts)}."
+        f"the first, of the field and of the state: {_of_each(results, grown)}."
     )
 
 
 def distances(results: Results) -> str:
     """Whether directions of different digits stay further apart than those of one."""
-    parts = []
-    for name, cell in results.answered("dynamics").items():
+
+    def apart(cell: dict[str, Any]) -> str:
         first, last = (cell["two_classes"]["median"][k] / cell["same_class"]["median"][k] for k in (0, -1))
-        parts.append(f"{results.title(name)} {first:.2f} -> {last:.2f}")
+        return f"{first:.2f} -> {last:.2f}"
+
     return (
         "Median distance between digits over that within one, at the first and the last time (1: digits are not told "
-        f"apart): {'; '.join(parts)}."
+        f"apart): {_of_each(results, apart)}."
     )
 
 
 def gradients(results: Results) -> str:
     """How the gradient of the cross-entropy vanishes where that of the margin does not."""
-    parts = []
-    for name, cell in results.answered("dynamics").items():
+
+    def smallest(cell: dict[str, Any]) -> str:
         ce, margin = (min(cell["gradient"][loss]["median"]) for loss in ("ce", "margin"))
-        zero = max(cell["zero_gradients"]["ce"])
-        parts.append(f"{results.title(name)} {ce:.1g} and {margin:.1g}, {100 * zero:.0f} %")
+        return f"{ce:.1g} and {margin:.1g}, {100 * max(cell['zero_gradients']['ce']):.0f} %"
+
     return (
         "Smallest median norm over the end times of the gradient of the cross-entropy and of the margin, and the "
-        f"largest share of images whose cross-entropy's gradient is exactly 0: {'; '.join(parts)}."
+        f"largest share of images whose cross-entropy's gradient is exactly 0: {_of_each(results, smallest)}."
     )
+
+
+def _of_each(results: Results, say: Callable[[dict[str, Any]], str]) -> str:
+    return "; ".join(f"{results.title(name)} {say(cell)}" for name, cell in results.answered("dynamics").items())
